@@ -59,6 +59,12 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def said(error: BaseException) -> str:
+    """Return the message of an error on one line, or its kind if it has none."""
+    words = str(error).split()
+    return printable(" ".join(words)) or type(error).__name__
+
+
 def unknown_name(what: str, name: str, choices: Iterable[str]) -> str:
     """Return a sentence about a name that is not among the choices, with the nearest choice."""
     choices = sorted(choices)

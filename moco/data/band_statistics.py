@@ -177,7 +177,8 @@ class Statistics:
             return np.full(len(percents), np.nan)
         wanted = np.asarray(percents) / 100 * cumulative[-1]
         rows = np.searchsorted(cumulative, wanted.clip(1))
-        values = middles_of(counts.places, self.dtype)[rows.clip(max=len(cumulative) - 1)]
+        rows = rows.clip(max=len(cumulative) - 1)
+        values = middles_of(counts.places, self.dtype)[rows]
         # The middle of the outermost bins may lie outside the values.
         return values.clip(counts.lowest, counts.highest)
 
@@ -191,7 +192,8 @@ class Statistics:
         for band in range(len(self.bands)):
             ranges.append(self.percentiles(band, [low, high]).tolist())
         if not per_band:
-            ranges = [[min(pair[0] for pair in ranges), max(pair[1] for pair in ranges)]]
+            lows, highs = zip(*ranges, strict=True)
+            ranges = [[min(lows), max(highs)]]
         return [rounded_range(low, high, self.is_unsigned) for low, high in ranges]
 
     @property
@@ -206,10 +208,11 @@ class Statistics:
         num = counts.counts.sum()
         if num == 0:
             return np.nan, np.nan
-        values = (middles_of(counts.places, self.dtype) - low) / (high - low)
-        values = values.clip(0, 1)
+        middles = middles_of(counts.places, self.dtype)
+        values = ((middles - low) / (high - low)).clip(0, 1)
         mean = float((values * counts.counts).sum() / num)
-        variance = float((np.square(values - mean) * counts.counts).sum() / num)
+        squares = np.square(values - mean)
+        variance = float((squares * counts.counts).sum() / num)
         return mean, variance**0.5
 
 
@@ -222,11 +225,14 @@ def merge(own: BandCounts, others: Sequence[BandCounts]) -> None:
     """Add the counts of the others to `own`."""
     if not others:
         return
-    parts = [own, *others]
-    all_places = np.concatenate([part.places for part in parts])
-    places, rows = np.unique(all_places, return_inverse=True)
+    all_places = [own.places]
+    all_counts = [own.counts]
+    for other in others:
+        all_places.append(other.places)
+        all_counts.append(other.counts)
+    places, rows = np.unique(np.concatenate(all_places), return_inverse=True)
     counts = np.zeros(len(places), np.int64)
-    np.add.at(counts, rows, np.concatenate([part.counts for part in parts]))
+    np.add.at(counts, rows, np.concatenate(all_counts))
     own.places = places
     own.counts = counts
     for other in others:
@@ -246,8 +252,14 @@ def rounded_range(low: float, high: float, is_unsigned: bool) -> list[float]:
     low, high = float(f"{low:.4g}"), float(f"{high:.4g}")
     if not high > low:
         high = low + 1
-    # Whole numbers are written without a point.
-    return [int(end) if end.is_integer() else end for end in (low, high)]
+    return [as_written(low), as_written(high)]
+
+
+def as_written(number: float) -> float:
+    """Return a whole number as an int, which is written without a point."""
+    if number.is_integer():
+        return int(number)
+    return number
 
 
 def figures_of(
@@ -271,7 +283,12 @@ def figures_of(
         proposed settings by name.
     """
     ranges = statistics.value_ranges(low, high, per_band=per_band)
-    range_of_band = ranges if per_band else ranges * len(statistics.bands)
+    value_range: Any = ranges
+    if not per_band:
+        value_range = ranges[0]
+        ranges = ranges * len(statistics.bands)
+    if names is None:
+        names = range(1, len(statistics.bands) + 1)
     bands = []
     means = []
     stds = []
@@ -283,7 +300,7 @@ def figures_of(
         percentiles = statistics.percentiles(number, PERCENTS).tolist()
         bands.append(
             {
-                "band": number + 1 if names is None else names[number],
+                "band": names[number],
                 "min": counts.lowest,
                 "max": counts.highest,
                 "mean": mean,
@@ -293,7 +310,7 @@ def figures_of(
                 "share_without_data": num_missing / max(1, num_valid + num_missing),
             }
         )
-        mapped_mean, mapped_std = statistics.mean_and_std(number, *range_of_band[number])
+        mapped_mean, mapped_std = statistics.mean_and_std(number, *ranges[number])
         means.append(float(f"{mapped_mean:.4g}"))
         stds.append(float(f"{max(mapped_std, SMALLEST_STD):.4g}"))
     return {
@@ -302,7 +319,7 @@ def figures_of(
         "type": str(statistics.dtype),
         "bands": bands,
         "settings": {
-            "data.value_range": ranges if per_band else ranges[0],
+            "data.value_range": value_range,
             "augmentation.mean": means,
             "augmentation.std": stds,
         },

@@ -134,7 +134,9 @@ class Pool:
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of the classes by number, or None if they have none."""
         bank = self.source.bank
-        return None if bank is None else bank.class_names
+        if bank is None:
+            return None
+        return bank.class_names
 
     def label_sets(self) -> list[list[int]] | None:
         """Return the numbers of the classes that each label stands for, see `Labelled`."""
@@ -154,6 +156,7 @@ class Pool:
         """Return the number of images, and a hash of their names and labels."""
         digest = blake2b(self.labels().tobytes(), digest_size=16)
         for row in range(len(self)):
+            # The zero keeps the names a, bc apart from ab, c.
             digest.update(os.fsencode(self.name(row)) + b"\0")
         return {"images": len(self), "hash": digest.hexdigest()}
 
@@ -214,7 +217,7 @@ def pack_image(
     elif not is_rgb:
         content = tiff_of(pixels)
     elif keeps_size and selection is None and jpeg is not None:
-        content = jpeg
+        content = jpeg  # encoding it anew would lose quality
     else:
         try:
             content = simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420")
@@ -237,10 +240,12 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.dtype == np.uint8 and pixels.shape[2] == RGB_BANDS:
         image = Image.fromarray(np.ascontiguousarray(pixels))
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    # In float64, which holds all values of 32 bits.
     images = torch.from_numpy(pixels.astype(np.float64)).permute(2, 0, 1)[None]
     smaller = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
     values = smaller[0].permute(1, 2, 0).numpy()
     if np.issubdtype(pixels.dtype, np.integer):
+        # Bicubic interpolation overshoots at edges.
         limits = np.iinfo(pixels.dtype)
         values = np.rint(values).clip(limits.min, limits.max)
     return values.astype(pixels.dtype)
@@ -272,7 +277,9 @@ def chunk_loader(
     """Return a loader of every chunk of a copy from place `start` on, see `CopyWriter.add`."""
     is_array = index["format"] == "array"
     settings = index["settings"]
-    quality = None if is_array else settings["quality"]
+    quality = None
+    if not is_array:
+        quality = settings["quality"]
     selection = checked_selection(chosen_bands(settings["data"]))
     make = partial(pack_image, settings["data"]["resize"], quality, selection)
     order = torch.arange(len(pool))
@@ -395,7 +402,8 @@ class CopyWriter:
         self.skipped_names: list[str] = []
         for part in index["parts"]:
             self.num_done = part["stop"]
-            self.skipped_names += [pool.name(row) for row, _ in part["skipped"]]
+            for row, _ in part["skipped"]:
+                self.skipped_names.append(pool.name(row))
         check_bad_fraction(self.skipped_names, len(pool), max_bad_fraction)
         (folder / PARTS).mkdir(exist_ok=True)
         if self.num_done > 0:
@@ -440,7 +448,10 @@ class CopyWriter:
     def _begin_part(self) -> Part:
         if self.index["format"] == "array":
             return Part(self.folder / PIXELS, start=total_of_parts(self.index, "bytes"))
-        prefix = "train-" if self.num_done < self.pool.num_train else "held_out-"
+        prefix = "train-"
+        if self.num_done >= self.pool.num_train:
+            prefix = "held_out-"
+        # Training images and others are numbered from 0 each.
         number = sum(part["file"].startswith(prefix) for part in self.index["parts"])
         return ShardPart(self.folder / f"{prefix}{number:05}.tar")
 
@@ -452,8 +463,9 @@ class CopyWriter:
         for (name, dtype), values in zip(COLUMNS.items(), columns, strict=True):
             table[name] = values.astype(dtype)
         names = [os.fsencode(self.pool.name(row)) for row in table["rows"].tolist()]
+        lengths = list(map(len, names))
         table["names"] = np.frombuffer(b"".join(names), np.uint8)
-        table["name_ends"] = np.cumsum(list(map(len, names)), dtype=np.int64)
+        table["name_ends"] = np.cumsum(lengths, dtype=np.int64)
         save_table(self._table_path(len(self.index["parts"])), table)
         entry |= {"stop": self.num_done, "images": len(names), "skipped": part.skipped}
         self.index["parts"].append(entry)
@@ -468,7 +480,9 @@ class CopyWriter:
             self._finish()
 
     def _finish(self) -> None:
-        tables = [read_table(self._table_path(n)) for n in range(len(self.index["parts"]))]
+        tables = []
+        for number in range(len(self.index["parts"])):
+            tables.append(read_table(self._table_path(number)))
         # Offsets stay as they are: they count from the start of a file, and not of a part.
         joined = {}
         for name in (*COLUMNS, "names"):
@@ -558,7 +572,9 @@ def file_traits(pool: Pool) -> dict[str, Any]:
             no_data = image.no_data
             if no_data is not None and not math.isfinite(no_data):
                 no_data = None  # NaN is no data anyway
-            names = None if image.band_names is None else list(image.band_names)
+            names = None
+            if image.band_names is not None:
+                names = list(image.band_names)
             return {"band_names": names, "no_data": no_data}
     return {"band_names": None, "no_data": None}
 
@@ -650,7 +666,8 @@ def estimate_array_bytes(pool: Pool, resize: int | None) -> int:
         with suppress(UnreadableImage):
             image = pool[row]
             bytes_per_pixel = image.bands * image.dtype.itemsize
-            sizes.append(bytes_per_pixel * math.prod(resized_size(image.size, resize)))
+            num_pixels = math.prod(resized_size(image.size, resize))
+            sizes.append(bytes_per_pixel * num_pixels)
     return int(np.mean(sizes or [0]) * len(pool))
 
 
@@ -689,8 +706,12 @@ def describe_copy(index: Mapping[str, Any], pool: Pool) -> list[tuple[str, str]]
     """Return what a finished copy holds, as rows of a table."""
     gigabytes = total_of_parts(index, "bytes") / 1e9
     resize = index["settings"]["data"]["resize"]
-    size = "as it was" if resize is None else f"shorter side at most {resize} px"
-    num_skipped = sum(len(part["skipped"]) for part in index["parts"])
+    size = "as it was"
+    if resize is not None:
+        size = f"shorter side at most {resize} px"
+    num_skipped = 0
+    for part in index["parts"]:
+        num_skipped += len(part["skipped"])
     return [
         ("images", f"{index['num_images']:,} to train on, {num_skipped} unreadable left out"),
         ("labels", ", ".join(pool.sides) or "none"),

@@ -71,7 +71,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         output = self.normalize_groups(input)
-        return output if self.after is None else self.after(output)
+        if self.after is not None:
+            output = self.after(output)
+        return output
 
     def normalize_groups(self, input: Tensor) -> Tensor:
         """Return the normalised batch, without dropout and activation."""
@@ -142,7 +144,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
             running.lerp_(mean_of_groups.to(running.dtype), self.momentum)
         if self.weight is not None:
             per_channel = (-1, *[1] * (groups.ndim - 3))
-            normalized = normalized * self.weight.view(per_channel) + self.bias.view(per_channel)
+            weight = self.weight.view(per_channel)
+            normalized = normalized * weight + self.bias.view(per_channel)
         return normalized.to(input.dtype).flatten(0, 1)
 
 
@@ -177,9 +180,10 @@ def split_batch_norm(module: nn.Module, num_splits: int, is_sorted: bool = False
 
 def sync_batch_norm(module: nn.Module) -> None:
     """Let every BatchNorm in `module` share its statistics between all devices."""
-    has_activations = any(
-        isinstance(layer, BATCH_NORMS) and hasattr(layer, "act") for layer in module.modules()
-    )
+    has_activations = False
+    for layer in module.modules():
+        if isinstance(layer, BATCH_NORMS) and hasattr(layer, "act"):
+            has_activations = True
     if has_activations:
         # PyTorch's function would drop the activations in layers of timm.
         from timm.layers.norm_act import convert_sync_batchnorm

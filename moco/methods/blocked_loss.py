@@ -92,7 +92,9 @@ class _BlockedInfoNCE(torch.autograd.Function):
         gradients = []
         for start in range(0, len(query), MOST_QUERIES_PER_BLOCK):
             rows = slice(start, start + MOST_QUERIES_PER_BLOCK)
-            groups_of_rows = None if groups is None else groups.of_queries(rows)
+            groups_of_rows = None
+            if groups is not None:
+                groups_of_rows = groups.of_queries(rows)
             block_losses, block_gradients = losses_and_gradients(
                 query[rows], key[rows], negatives, temperature, groups_of_rows, needs_gradient
             )
@@ -128,16 +130,20 @@ def losses_and_gradients(
     positive = (scaled * key).sum(dim=1)  # (N,)
     # Logits of unit vectors lie between -1/T and 1/T, so their exponentials need no common factor.
     total = torch.zeros_like(positive)  # (N,) sum of the negatives' exponentials
-    weighted = torch.zeros_like(key) if needs_gradient else key[:, :0]  # (N, C)
-    on_cpu = query.device.type == "cpu"
-    logits_per_block = LOGITS_PER_BLOCK_ON_CPU if on_cpu else LOGITS_PER_BLOCK_ON_GPU
+    weighted = key[:, :0]  # nothing is collected in it
+    if needs_gradient:
+        weighted = torch.zeros_like(key)  # (N, C)
+    logits_per_block = LOGITS_PER_BLOCK_ON_GPU
+    if query.device.type == "cpu":
+        logits_per_block = LOGITS_PER_BLOCK_ON_CPU
     columns = logits_per_block // len(query)
     buffer = query.new_empty(len(query) * min(columns, len(negatives)))
     for start in range(0, len(negatives), columns):
         of_block = slice(start, start + columns)
         block = negatives[of_block]
         # A view of one buffer, so that all blocks use the same part of the cache.
-        logits = buffer[: len(query) * len(block)].view(len(query), len(block))
+        num_logits = len(query) * len(block)
+        logits = buffer[:num_logits].view(len(query), len(block))
         torch.mm(scaled, block.T, out=logits)
         exponentials = logits.exp_()
         if groups is not None:

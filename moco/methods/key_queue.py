@@ -45,7 +45,9 @@ class KeyQueue(nn.Module):
         self.register_buffer("keys", keys)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
-        groups = torch.full((queue_size,), -1) if keeps_groups else None
+        groups = None
+        if keeps_groups:
+            groups = torch.full((queue_size,), -1)
         self.register_buffer("groups", groups)
         # A copy of `filled` on the host: a step need not wait for the device to read it.
         self.num_filled = 0
@@ -87,7 +89,8 @@ class KeyQueue(nn.Module):
         size = len(self.keys)
         newest = keys[-size:].to(self.keys.dtype)
         first = self.pointer + len(keys) - len(newest)
-        rows = (first + torch.arange(len(newest), device=keys.device)) % size
+        places = torch.arange(len(newest), device=keys.device)
+        rows = (first + places) % size  # the queue is a ring
         is_finite = newest.isfinite().all(dim=1, keepdim=True)  # (N, 1)
         self.keys[rows] = newest.where(is_finite, self.keys[rows])
         if self.groups is not None:

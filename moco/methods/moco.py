@@ -174,9 +174,11 @@ class MoCo(pl.LightningModule):
         if self.symmetric:
             queries = self.encode_queries([first, second])  # (N, C) unit norm each
             keys = self.encode_keys([second, first])  # (N, C) unit norm each, no gradient
+            key_view = first
         else:
             queries = self.encode_queries([first])
             keys = self.encode_keys([second])
+            key_view = second
 
         losses = []
         if self.queue is not None:
@@ -195,9 +197,8 @@ class MoCo(pl.LightningModule):
         else:
             for query, key in zip(queries, keys, strict=True):
                 negatives = all_gather(key.embedding)  # (M, C) unit norm
-                of_all = None if groups is None else Groups(groups, all_gather(groups))
                 loss = in_batch_info_nce(
-                    query.embedding, negatives, self.temperature, rank(), of_all
+                    query.embedding, negatives, self.temperature, rank(), groups_of_all(groups)
                 )
                 losses.append(loss)
 
@@ -205,7 +206,7 @@ class MoCo(pl.LightningModule):
             "loss": self.total_loss(losses),
             "query": queries[-1].embedding.detach(),
             "key": keys[-1].embedding,
-            "key_view": first if self.symmetric else second,
+            "key_view": key_view,
             "negatives": negatives,
         }
         if self.dense_weight > 0:
@@ -232,8 +233,10 @@ class MoCo(pl.LightningModule):
             cells = query.cells.embeddings.flatten(0, 1)  # (N * S, C)
             positives = matched_cells(key.cells.embeddings, matches).flatten(0, 1)  # (N * S, C)
             negatives = queue.negatives()  # (K, C)
-            num_cells = matches.shape[1]
-            of_cells = None if groups is None else groups.repeat_interleave(num_cells)  # (N * S,)
+            of_cells = None
+            if groups is not None:
+                num_cells = matches.shape[1]
+                of_cells = groups.repeat_interleave(num_cells)  # (N * S,)
             loss = efficient_info_nce(
                 cells, positives, negatives, self.temperature, groups_with(of_cells, queue)
             )
@@ -272,7 +275,9 @@ class MoCo(pl.LightningModule):
         Args:
             groups: (N,) of the images, for queues that keep them.
         """
-        gathered_groups = None if groups is None else all_gather(groups)
+        gathered_groups = None
+        if groups is not None:
+            gathered_groups = all_gather(groups)
         for direction in reversed(range(len(keys))):
             queues[direction].enqueue(all_gather(keys[direction]), gathered_groups)
 
@@ -314,7 +319,9 @@ class MoCo(pl.LightningModule):
         There is no gradient and no predictor. If BatchNorm would leak, the views are shuffled on
         the way. With `keys_follow_the_views` the encoder sees the last direction's view first.
         """
-        order = -1 if self.keys_follow_the_views else 1
+        order = 1
+        if self.keys_follow_the_views:
+            order = -1
         views = views[::order]
         if self.batch_norm not in ("shuffle", "split"):
             keys = [view.map(unit_norm) for view in self.embed(self.key_encoder, views)]
@@ -464,7 +471,9 @@ class MoCo(pl.LightningModule):
 
         It is log(1 + `num_negatives`) for each direction, in the unit of the training's loss.
         """
-        num_directions = 2 if self.symmetric else 1
+        num_directions = 1
+        if self.symmetric:
+            num_directions = 2
         chance = torch.tensor(math.log(1 + num_negatives))
         return float(self.total_loss([chance] * num_directions))
 
@@ -523,6 +532,13 @@ def groups_with(groups: Tensor | None, queue: KeyQueue) -> Groups | None:
     if groups is None:
         return None
     return Groups(groups, queue.groups_of_negatives())
+
+
+def groups_of_all(groups: Tensor | None) -> Groups | None:
+    """Return the groups of the queries beside those of all devices' keys; None without groups."""
+    if groups is None:
+        return None
+    return Groups(groups, all_gather(groups))
 
 
 def unit_norm(rows: Tensor) -> Tensor:

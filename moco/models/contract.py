@@ -110,7 +110,7 @@ def check_contract(backbone: Any, name: str, image_size: int, in_channels: int =
             "expected the width of its feature"
         )
     first = next(backbone.parameters(), torch.empty(0))
-    if first.is_meta:
+    if first.is_meta:  # only an outline is built, which computes nothing
         return backbone
     net: Any = backbone
     shape = (2, in_channels, image_size, image_size)
@@ -119,7 +119,9 @@ def check_contract(backbone: Any, name: str, image_size: int, in_channels: int =
     try:
         with torch.no_grad():
             feature = net.eval()(images)
-            maps = net.feature_maps(images) if has_feature_maps(net) else []
+            maps = []
+            if has_feature_maps(net):
+                maps = net.feature_maps(images)
     except Exception as error:
         kind = type(error).__name__
         raise InputError(
@@ -128,14 +130,18 @@ def check_contract(backbone: Any, name: str, image_size: int, in_channels: int =
         ) from error
     finally:
         backbone.train(was_training)
+    # A user's module may return anything, such as a tuple.
     result = tuple(getattr(feature, "shape", ()))
     if result != (2, width):
         raise InputError(
             f"{name}: the backbone gives {result or type(feature).__name__} for two images; "
             f"expected (2, feature_dim), which is (2, {width})"
         )
-    if not all(tensor.isfinite().all() for tensor in [feature, *maps]):
-        raise InputError(f"{name}: the backbone gives numbers that are not finite for black images")
+    for tensor in [feature, *maps]:
+        if not tensor.isfinite().all():
+            raise InputError(
+                f"{name}: the backbone gives numbers that are not finite for black images"
+            )
     dims = [tuple(feature_map.shape[:2]) for feature_map in maps]
     if maps and dims != [(2, dim) for dim in net.feature_map_dims]:
         raise InputError(
@@ -157,7 +163,8 @@ def check_strides(maps: list[Tensor], backbone: Any, name: str, image_size: int)
         expected = image_size / stride
         # Convolutions without padding lose some cells at each border.
         allowed = max(3, expected / 2)
-        fitting = fitting and max(abs(length - expected) for length in side) <= allowed
+        for length in side:
+            fitting = fitting and abs(length - expected) <= allowed
     if not fitting:
         raise InputError(
             f"{name}: the backbone's feature maps of images of {image_size} px have (rows, "

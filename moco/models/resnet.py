@@ -60,7 +60,9 @@ class ResNet(Backbone, resnet.ResNet):
         self.stem = stem
         self.feature_map_strides = (4, 8, 16, 32)
         if stem != "imagenet":
-            padding = 2 if stem == "solo_cifar" else 1
+            padding = 1
+            if stem == "solo_cifar":
+                padding = 2
             self.conv1 = nn.Conv2d(in_channels, width, kernel_size=3, padding=padding, bias=False)
             self.maxpool = nn.Identity()
             self.feature_map_strides = (1, 2, 4, 8)
@@ -112,7 +114,9 @@ def without_border(feature_map: Tensor, images: Tensor, stride: int) -> Tensor:
         images: (N, B, H, W).
         stride: px.
     """
-    first = 1 if stride == 1 else 0
+    first = 0
+    if stride == 1:  # cell 0 is centred outside the image
+        first = 1
     height = -(-images.shape[2] // stride)
     width = -(-images.shape[3] // stride)
     return feature_map[:, :, first : first + height, first : first + width]

@@ -78,7 +78,8 @@ class TimmBackbone(Backbone, nn.Module):
         """Return the names of the tensors that timm's network has with a classifier alone."""
         with torch.device("meta"):
             with_classifier = timm_network(self.model, 1, **self.arguments)
-        return sorted(with_classifier.state_dict().keys() - self.net.state_dict().keys())
+        own = self.net.state_dict().keys()
+        return sorted(with_classifier.state_dict().keys() - own)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature (N, D) of images (N, B, H, W)."""
@@ -118,7 +119,9 @@ def accepted_arguments(
     Raises:
         InputError: the network has no such option.
     """
-    sizes: list[dict[str, Any]] = [{"img_size": image_size}, {}] if image_size else [{}]
+    sizes: list[dict[str, Any]] = [{}]
+    if image_size:
+        sizes.insert(0, {"img_size": image_size})
     refused = ""
     for size in sizes:
         for any_size in ANY_IMAGE_SIZE:
@@ -147,7 +150,11 @@ def chosen_maps(
     indices = list(last_of_stride.values())[-4:]
     if len(indices) == 1:
         count = len(feature_info)
-        indices = sorted({count * quarter // 4 - 1 for quarter in (1, 2, 3, 4)} - {-1})
-    dims = tuple(feature_info[number]["num_chs"] for number in indices)
-    strides = tuple(feature_info[number]["reduction"] for number in indices)
-    return indices, dims, strides
+        ends = {count * quarter // 4 - 1 for quarter in (1, 2, 3, 4)}
+        indices = sorted(ends - {-1})  # a quarter of fewer than four maps may be none
+    dims = []
+    strides = []
+    for number in indices:
+        dims.append(feature_info[number]["num_chs"])
+        strides.append(feature_info[number]["reduction"])
+    return indices, tuple(dims), tuple(strides)

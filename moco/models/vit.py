@@ -174,7 +174,8 @@ def sine_cosine_positions(grid: Size, dim: int, device: torch.device) -> Tensor:
     same distances. The paper names the encoding; the order of the channels is that of the official
     code, so that its weights keep their meaning.
     """
-    omega = WAVE_BASE ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    exponents = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4)
+    omega = WAVE_BASE**-exponents  # (dim / 4,)
     height, width = grid
     rows = torch.arange(height).repeat_interleave(width)  # (h * w,)
     columns = torch.arange(width).repeat(height)
@@ -198,9 +199,11 @@ def resized_positions(positions: Tensor, grid: Size) -> Tensor:
     side = grid_side(positions)
     if grid == (side, side):
         return positions
-    old = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    class_token = positions[:, :1]
+    old = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
     new = F.interpolate(old, size=grid, mode="bicubic", align_corners=False, antialias=True)
-    return torch.cat([positions[:, :1], new.flatten(2).transpose(1, 2)], dim=1)
+    of_cells = new.flatten(2).transpose(1, 2)  # (1, h * w, D)
+    return torch.cat([class_token, of_cells], dim=1)
 
 
 def grid_side(positions: Tensor) -> int:

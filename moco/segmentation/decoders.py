@@ -132,9 +132,12 @@ def build_decoder(
     if name == "fcn":
         return LastMapDecoder(FCNHead(dims[-1], num_classes), strides[-1])
     assert name == "deeplabv3", name  # the schema has no other
-    # Cells of another stride get the same reach in pixels.
-    rates = [max(1, reach // strides[-1]) for reach in DEEPLAB_REACHES]
-    return LastMapDecoder(DeepLabHead(dims[-1], num_classes, rates), strides[-1])
+    rates = []
+    for reach in DEEPLAB_REACHES:
+        # Cells of another stride get the same reach in pixels.
+        rates.append(max(1, reach // strides[-1]))
+    head = DeepLabHead(dims[-1], num_classes, rates)
+    return LastMapDecoder(head, strides[-1])
 
 
 class PyramidDecoder(nn.Module):
@@ -197,8 +200,12 @@ class PyramidDecoder(nn.Module):
         initialization.initialize_decoder(self.decoder)
         initialization.initialize_head(self.head)
         is_transformer = isinstance(backbone, (Swin, VisionTransformer))
-        norm = LayerNorm2d if is_transformer and name != "upernet" else nn.Identity
-        self.norms = nn.ModuleList([norm(dim) for dim in dims[:-1]])
+        self.norms = nn.ModuleList()
+        for dim in dims[:-1]:
+            if is_transformer and name != "upernet":
+                self.norms.append(LayerNorm2d(dim))
+            else:
+                self.norms.append(nn.Identity())
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return logits (N, classes, rows, columns) of the cells of the finest map."""
@@ -237,8 +244,10 @@ def pad_to_exact_doubles(maps: Sequence[Tensor]) -> list[Tensor]:
     The FPN doubles a map and adds it to the finer one.
     """
     height, width = maps[-1].shape[-2:]
-    factors = (8, 4, 2, 1)
-    return [fill_up(x, n * height, n * width) for n, x in zip(factors, maps, strict=True)]
+    padded = []
+    for factor, x in zip((8, 4, 2, 1), maps, strict=True):
+        padded.append(fill_up(x, factor * height, factor * width))
+    return padded
 
 
 class LastMapDecoder(nn.Module):

@@ -40,7 +40,8 @@ def draw_cut(side: int, factor: float, image_size: int) -> Cut:
     if length < side:
         return Cut(start, length, image_size)
     # The whole side is shown. It may be shorter than the crop, which is then filled up.
-    return Cut(start, length, min(image_size, max(1, round(side * factor))))
+    new_length = max(1, round(side * factor))
+    return Cut(start, length, min(image_size, new_length))
 
 
 class SegmentationView:
@@ -88,9 +89,13 @@ class SegmentationView:
                 f"augmentation.scale={list(scale)}: expected two factors, 0 < low <= high"
             )
         self.normalize = Normalized(mean, std, bands=bands, is_float=is_float)
+        means = list(mean)
+        if len(means) == 1:
+            means *= bands
         # Pixels outside the image are 0 after the normalisation.
-        means = list(mean) * bands if len(mean) == 1 else list(mean)
-        self.fill = means if is_float else [round(255 * channel) for channel in means]
+        self.fill = means
+        if not is_float:
+            self.fill = [round(255 * channel) for channel in means]
         self.jitter = None
         if color_jitter is not None:
             self.jitter = build_color_jitter(color_jitter, image_size, bands)
@@ -178,11 +183,16 @@ class BandJitter(v2.Transform):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return an image (bands, height, width) with another brightness and contrast."""
-        brightness = torch.empty(()).uniform_(max(0, 1 - self.brightness), 1 + self.brightness)
-        contrast = torch.empty(()).uniform_(max(0, 1 - self.contrast), 1 + self.contrast)
+        brightness = factor_about_one(self.brightness)
+        contrast = factor_about_one(self.contrast)
         image = (image * brightness).clamp(0, 1)
         mean = image.mean(dim=(1, 2), keepdim=True)
         return ((image - mean) * contrast + mean).clamp(0, 1)
+
+
+def factor_about_one(largest: float) -> Tensor:
+    """Draw a factor from 1 - largest, and at least 0, to 1 + largest: ()."""
+    return torch.empty(()).uniform_(max(0, 1 - largest), 1 + largest)
 
 
 def build_color_jitter(

@@ -95,8 +95,13 @@ class WholeImages:
 
 def mask_batch(read: list[ReadImage]) -> MaskBatch:
     """Make a batch of `Crops`, or of `WholeImages` of one size."""
-    readable = [image.value for image in read if not image.problem]
-    unreadable = [image for image in read if image.problem]
+    readable = []
+    unreadable = []
+    for image in read:
+        if image.problem:
+            unreadable.append(image)
+        else:
+            readable.append(image.value)
     if not readable:
         return MaskBatch(torch.empty(0), torch.empty(0), torch.empty(0), unreadable)
     images, classes, indices = default_collate(readable)

@@ -143,7 +143,7 @@ def build_segmentation_source(
         len(listing.validation),
         time.monotonic() - started,
     )
-    train_numbers = sorted(set().union(*numbers[:num_train]))
+    train_numbers = sorted(set().union(*numbers[:num_train]))  # in the masks to train on
     if is_trained_on:
         check_two_classes(root, train_numbers, ignore_index)
     if not any(numbers[num_train:]):
@@ -158,7 +158,8 @@ def build_segmentation_source(
         if num_classes is None:
             num_classes = max(largest) + 1
             log.info("%d classes: the largest number in the masks plus one", num_classes)
-        names, names_origin = list(map(str, range(num_classes))), "data.num_classes"
+        names = list(map(str, range(num_classes)))
+        names_origin = "data.num_classes"
     check_classes(pairs, largest, len(names), names_origin)
     if is_trained_on:
         warn_of_unseen_classes(names, train_numbers, ignore_index)
@@ -214,7 +215,8 @@ def list_segmentation_folder(root: str, *, is_trained_on: bool = True) -> Listin
     Raises:
         InputError: a folder is missing, an image has no mask, or a mask has no image.
     """
-    images, masks = Path(root, "images"), Path(root, "masks")
+    images = Path(root, "images")
+    masks = Path(root, "masks")
     for folder in (images, masks):
         if not folder.is_dir():
             raise InputError(
@@ -320,7 +322,10 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
         alone.append(f"{mask_paths[key]}: there is no image of that name in {images}")
     if alone:
         raise InputError(printable(alone[0] + and_more(len(alone))))
-    return {key: Pair(image_paths[key], mask_paths[key]) for key in sorted(image_paths)}
+    pairs = {}
+    for key in sorted(image_paths):
+        pairs[key] = Pair(image_paths[key], mask_paths[key])
+    return pairs
 
 
 def path_without_ending(folder: Path, path: str) -> str:
@@ -469,4 +474,6 @@ def warn_of_unseen_classes(
 
 def and_more(count: int, num_named: int = 1) -> str:
     """Return the end of a message that has named some of `count` similar things."""
-    return f" (and {count - num_named} more like it)" if count > num_named else ""
+    if count <= num_named:
+        return ""
+    return f" (and {count - num_named} more like it)"

@@ -142,7 +142,9 @@ def misfit(weights: Weights, expected: Weights) -> str | None:
             problems.append(f"{name} is {shape} and should be {tuple(expected[name].shape)}")
     if len(problems) > 1:
         return f"{problems[0]}, and {len(problems) - 1} more differ"
-    return problems[0] if problems else None
+    if problems:
+        return problems[0]
+    return None
 
 
 def load_fitting(module: nn.Module, weights: Weights, complaint: str) -> None:
@@ -174,11 +176,15 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
     seen: dict[str, Any] = {}
     # A ResNet for small images has a 3x3 convolution in place of 7x7.
     if "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3:
-        seen["stem"] = "solo_cifar" if origin == SOLO_LEARN else "cifar"
+        seen["stem"] = "cifar"
+        if origin == SOLO_LEARN:
+            seen["stem"] = "solo_cifar"
 
     for stem in STEMS:
-        if stem in weights and weights[stem].ndim == 4 and weights[stem].shape[1] != RGB_BANDS:
-            seen["in_channels"] = int(weights[stem].shape[1])
+        if stem in weights and weights[stem].ndim == 4:
+            bands = weights[stem].shape[1]  # (channels, bands, height, width)
+            if bands != RGB_BANDS:
+                seen["in_channels"] = int(bands)
 
     # Fixed positions of a ViT are no setting, so only learned ones are seen.
     for positions in ("pos_embed", POSITIONS):
@@ -189,18 +195,24 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
 
     tables = first_of_each_stage(weights, "relative_position_bias_table")
     if tables:
-        # A table has a row for each offset, (2 * window - 1)^2 of them.
-        seen["window_size"] = one_or_each([(round(len(x) ** 0.5) + 1) // 2 for x in tables])
+        windows = []
+        for table in tables:
+            # A table has a row for each offset, (2 * window - 1)^2 of them.
+            side = round(len(table) ** 0.5)
+            windows.append((side + 1) // 2)
+        seen["window_size"] = one_or_each(windows)
 
     # Tables of coordinates also tell the windows that normalise them.
     tables = first_of_each_stage(weights, COORDINATES)
     if tables:
+        # (1, 2 * window - 1, 2 * window - 1, 2) each.
         windows = [(table.shape[1] + 1) // 2 for table in tables]
         seen["window_size"] = one_or_each(windows)
         seen["pretrained_window_size"] = one_or_each(pretrained_windows(tables, windows))
 
-    known = settings_of_backbone(name)
-    return {key: value for key, value in seen.items() if key in known}
+    for key in seen.keys() - settings_of_backbone(name):
+        del seen[key]
+    return seen
 
 
 def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +221,7 @@ def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, An
     Args:
         built_with: the arguments that it was made with. Its windows may have changed since.
     """
-    settings = {key: value for key, value in built_with.items() if value is not None}
+    settings = without_none(built_with)
     if isinstance(backbone, Swin):
         settings["window_size"] = one_or_each(backbone.window_size)
         if backbone.version == 2:
@@ -219,10 +231,24 @@ def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, An
     return settings
 
 
+def without_none(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are given; None stands for one that is not."""
+    given = {}
+    for key, value in settings.items():
+        if value is not None:
+            given[key] = value
+    return given
+
+
 def described(settings: dict[str, Any]) -> str:
     """Return a backbone's name and its settings for one line."""
-    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "name")
-    return f"{settings['name']} ({shown})" if shown else settings["name"]
+    shown = []
+    for key, value in settings.items():
+        if key != "name":
+            shown.append(f"{key} {value}")
+    if not shown:
+        return settings["name"]
+    return f"{settings['name']} ({', '.join(shown)})"
 
 
 def check_hidden_settings(origin: str, settings: dict[str, Any], are_windows_saved: bool) -> None:

@@ -53,9 +53,12 @@ def export_content(
         weights = backbone.net.state_dict()
     else:
         counterpart(settings, file_format)  # Raises where the library has no such model.
-        # smp's encoders are torchvision's ResNets without the classifier.
-        to_library = to_timm if file_format == "timm" else to_torchvision
-        weights = to_library(backbone, about["image_size"])
+        image_size = about["image_size"]
+        if file_format == "timm":
+            weights = to_timm(backbone, image_size)
+        else:
+            # smp's encoders are torchvision's ResNets without the classifier.
+            weights = to_torchvision(backbone, image_size)
     if output.suffix == ".safetensors":
         return as_safetensors(weights, {})
     buffer = io.BytesIO()
@@ -160,13 +163,19 @@ def torchvision_lines(name: str, backbone: Any, image_size: int) -> list[str]:
     elif isinstance(backbone, Swin):
         function = "swin_transformer.SwinTransformer"
         classifier = "head"
-        suffix = "V2" if backbone.version == 2 else ""
-        stages = list(backbone.stages())
+        suffix = ""
+        if backbone.version == 2:
+            suffix = "V2"
+        depths = []
+        num_heads = []
+        for blocks in backbone.stages():
+            depths.append(len(blocks))
+            num_heads.append(blocks[0].attn.num_heads)
         arguments = {
             "patch_size": [backbone.patch_size] * 2,
             "embed_dim": backbone.feature_map_dims[0],
-            "depths": [len(blocks) for blocks in stages],
-            "num_heads": [blocks[0].attn.num_heads for blocks in stages],
+            "depths": depths,
+            "num_heads": num_heads,
             "window_size": [backbone.window_size[0]] * 2,
             "block": f"models.swin_transformer.SwinTransformerBlock{suffix}",
             "downsample_layer": f"models.swin_transformer.PatchMerging{suffix}",
@@ -188,7 +197,10 @@ def torchvision_lines(name: str, backbone: Any, image_size: int) -> list[str]:
 def bands_of(backbone: Any) -> int:
     """Return the number of bands of the images that a backbone of this project reads."""
     found = first_convolution(backbone)
-    return RGB_BANDS if found is None else found[1].in_channels
+    if found is None:
+        return RGB_BANDS
+    _, stem = found
+    return stem.in_channels
 
 
 def stem_line(backbone: Any) -> str:
@@ -196,7 +208,12 @@ def stem_line(backbone: Any) -> str:
     found = first_convolution(backbone)
     assert found is not None  # `bands_of` is not 3
     name, stem = found
-    parts = [f"[{part}]" if part.isdecimal() else f".{part}" for part in name.split(".")]
+    place = "model"
+    for part in name.split("."):
+        if part.isdecimal():  # of a list of modules
+            place += f"[{part}]"
+        else:
+            place += f".{part}"
     arguments = {
         "kernel_size": stem.kernel_size,
         "stride": stem.stride,
@@ -204,7 +221,7 @@ def stem_line(backbone: Any) -> str:
         "bias": stem.bias is not None,
     }
     channels = f"{stem.in_channels}, {stem.out_channels}"
-    return f"model{''.join(parts)} = torch.nn.Conv2d({channels}, {listed(arguments)})"
+    return f"{place} = torch.nn.Conv2d({channels}, {listed(arguments)})"
 
 
 def listed(arguments: dict[str, Any]) -> str:
@@ -242,7 +259,9 @@ def deviation(library: str, backbone: Any, image_size: int) -> str | None:
         )
     if whole == image_size:
         return None
-    remedy = "pad the images with zeros" if whole > image_size else "crop the images"
+    remedy = "crop the images"
+    if whole > image_size:
+        remedy = "pad the images with zeros"
     return (
         f"{library}'s model takes {whole} px and not {image_size} px; "
         f"for the same outputs {remedy} at the right and the bottom"

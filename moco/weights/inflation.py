@@ -33,6 +33,7 @@ def inflated(weight: Tensor, bands: int) -> Tensor:
 
 def first_convolution(backbone: nn.Module) -> tuple[str, nn.Conv2d] | None:
     """Return name and module of the convolution that reads the images; None if there is none."""
+    # Networks define their stem before the layers that follow it.
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Conv2d):
             return name, module
@@ -99,10 +100,7 @@ def check_bands(backbone: Any, bands: int, source: str) -> None:
 
 def log_inflation(name: str, bands: int) -> None:
     """Say that the weights of RGB are used for other bands."""
-    log.info(
-        "%s: from RGB to %d band%s, each with the mean over RGB times 3 / %d",
-        name,
-        bands,
-        "" if bands == 1 else "s",
-        bands,
-    )
+    number = f"{bands} bands"
+    if bands == 1:
+        number = "1 band"
+    log.info("%s: from RGB to %s, each with the mean over RGB times 3 / %d", name, number, bands)

@@ -6,7 +6,7 @@ import torch
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
-from moco.weights.architecture import build_outline, complete_settings, misfit
+from moco.weights.architecture import build_outline, complete_settings, misfit, without_none
 from moco.weights.inflation import fit_bands
 from moco.weights.library_names import Weights, to_our_names
 from moco.weights.other_projects import BACKBONE, KEY, KEY_BACKBONE, METHOD_PARTS, QUERY
@@ -86,7 +86,7 @@ def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
     if file.settings is not None:
         return file.weights
     weights = file.weights
-    given = {key: x for key, x in method.hparams["backbone"].items() if x is not None}
+    given = without_none(method.hparams["backbone"])
     complete_settings(part_of(weights, BACKBONE), file.origin, given)  # for its errors
     for prefix in (BACKBONE, KEY_BACKBONE):
         theirs, weights = split(weights, prefix)
@@ -100,10 +100,13 @@ def with_bands_of(weights: Weights, method: MoCo) -> Weights:
     """Return the weights with RGB backbones inflated to the bands of the method's images."""
     for prefix in (BACKBONE, KEY_BACKBONE):
         theirs, others = split(weights, prefix)
+        # Both encoders have the same first convolution, so the log says it once.
         is_first = prefix == BACKBONE
         fitting = fit_bands(theirs, method.query_encoder.backbone, is_logged=is_first)
         if fitting is not theirs:
-            weights = others | {prefix + name: tensor for name, tensor in fitting.items()}
+            weights = others
+            for name, tensor in fitting.items():
+                weights[prefix + name] = tensor
     return weights
 
 

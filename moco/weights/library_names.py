@@ -92,7 +92,9 @@ def counterpart(settings: dict[str, Any], library: str) -> str:
             f"format={library}: {library} has no {name}; "
             "format=safetensors keeps the names of this project"
         )
-    return TIMM_MODELS[name] if library == "timm" else name
+    if library == "timm":
+        return TIMM_MODELS[name]
+    return name
 
 
 def to_torchvision(backbone: nn.Module, image_size: int = 224) -> Weights:
@@ -170,7 +172,9 @@ def with_fitting_positions(weights: Weights, backbone: nn.Module) -> Weights:
             f"the weights have learned positions on a grid of {side} x {side} cells, and this "
             f"backbone has fixed ones; set backbone.learned_positions={side}"
         )
-    return {name: tensor for name, tensor in weights.items() if name != POSITIONS}
+    others = dict(weights)
+    del others[POSITIONS]
+    return others
 
 
 def to_timm(backbone: nn.Module, image_size: int = 224) -> Weights:
@@ -204,12 +208,12 @@ def to_timm(backbone: nn.Module, image_size: int = 224) -> Weights:
 def clipped_bias_tables(backbone: Swin, image_size: int) -> Weights:
     """Return Swin V1's tables of position biases, under timm's names, as timm clips them."""
     tables = {}
-    stages: list[Any] = list(backbone.stages())
     whole_patches = backbone.cells(image_size) * backbone.patch_size
     windows = clipped_windows(whole_patches, backbone.window_size, backbone.patch_size)
-    for stage, blocks in enumerate(stages):
+    for stage, blocks in enumerate(backbone.stages()):
+        window = (windows[stage], windows[stage])
         for number, block in enumerate(blocks):
-            table = block.attn.bias_table((windows[stage], windows[stage])).detach().clone()
+            table = block.attn.bias_table(window).detach().clone()
             tables[f"layers.{stage}.blocks.{number}.attn.relative_position_bias_table"] = table
     return tables
 
@@ -225,7 +229,9 @@ def timm_name(name: str) -> str:
     if found is not None:
         place, block, rest = int(found[1]), found[2], found[3]
         if place == 0:
-            layer = "proj" if block == "0" else "norm"
+            layer = "norm"
+            if block == "0":
+                layer = "proj"
             name = f"patch_embed.{layer}.{rest}"
         elif place % 2 == 0:
             name = f"layers.{place // 2}.downsample.{rest}"
@@ -282,7 +288,10 @@ def in_timm_backbone(weights: Weights, backbone: TimmBackbone) -> Weights:
         InputError: positions alone differ in shape, so the weights are for another image size.
     """
     own = backbone.net.state_dict()
-    others = [name for name in weights if name in own and weights[name].shape != own[name].shape]
+    others = []
+    for name, tensor in weights.items():
+        if name in own and tensor.shape != own[name].shape:
+            others.append(name)
     if others and weights.keys() == own.keys() and all("pos" in name for name in others):
         raise InputError(
             f"its weights are for images of another size: {others[0]} is "
@@ -302,7 +311,11 @@ def from_sequential(weights: Weights) -> Weights:
     """
     if "0.weight" not in weights:
         return weights
-    stages = [int(name.partition(".")[0]) for name in weights if re.match(r"\d+\.\d+\.", name)]
+    stages = []
+    for name in weights:
+        found = re.match(r"(\d+)\.\d+\.", name)
+        if found is not None:
+            stages.append(int(found[1]))
     first = min(stages, default=4)
     children = {"0": "conv1", "1": "bn1"}
     for number in range(4):

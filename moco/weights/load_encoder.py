@@ -272,7 +272,9 @@ def load_ours(
             method.load_state_dict(file.weights)
         except (TypeError, RuntimeError) as error:
             raise InputError(f"its weights do not fit its own hyperparameters ({error})") from error
-        encoder: Any = method.query_encoder if which == "query" else method.key_encoder
+        encoder: Any = method.key_encoder
+        if which == "query":
+            encoder = method.query_encoder
         return encoder, settings
     # What follows is for a file that holds a backbone alone.
     if which == "key" and file.encoder != "key":
@@ -326,7 +328,8 @@ def load_other_project(
         load_fitting(projector, head, "its projector is of an unknown kind")
 
     log.info("%s; backbone %s", file.origin, described(settings))
-    log.info("loaded: %s", listed_parts(file.weights.keys() - others.keys()))
+    loaded = file.weights.keys() - others.keys()
+    log.info("loaded: %s", listed_parts(loaded))
     log_unused(others, file)
     log.info("the file says nothing about images: mean and std are ImageNet's where none are given")
     return Encoder(backbone, projector), settings
@@ -350,10 +353,13 @@ def head_settings(head: Weights) -> dict[str, Any]:
         elif tensor.ndim >= 2:
             widths.append(len(tensor))
             last_linear = last_number(name)
+    hidden_dim = None
+    if len(widths) > 1:
+        hidden_dim = widths[0]
     return {
         "output_dim": widths[-1],
         "num_layers": len(widths),
-        "hidden_dim": widths[0] if len(widths) > 1 else None,
+        "hidden_dim": hidden_dim,
         "hidden_batch_norm": min(norms, default=last_linear) < last_linear,
         "last_batch_norm": max(norms, default=last_linear) > last_linear,
         "bias": f"{last_linear}.bias" in head or "bias" in head,

@@ -173,13 +173,16 @@ def from_backbone_file(content: dict[str, Any], source: str) -> WeightFile:
     content = {"config": {}, **content}
     check_parts(content, source, BACKBONE_PARTS | {"config": dict})
     build_outline(content["backbone"])
+    weights = {}
+    for name, tensor in content["state_dict"].items():
+        weights[BACKBONE + name] = tensor
     about_images = {
         "data": {"image_size": content["image_size"]},
         "augmentation": {"mean": content["mean"], "std": content["std"]},
     }
     return WeightFile(
         origin=f"a backbone of moco.train, epoch {content['epoch']}",
-        weights={BACKBONE + name: tensor for name, tensor in content["state_dict"].items()},
+        weights=weights,
         config=about_images | content["config"],
         epoch=content["epoch"],
         step=content["step"],
@@ -253,7 +256,10 @@ def recognise(weights: Weights, backbone: nn.Module | None = None) -> WeightFile
     else:
         timms_names = set()
         classifier = CLASSIFIERS
-    layout = TIMM if weights.keys() & timms_names else layout_of(weights)
+    if weights.keys() & timms_names:
+        layout = TIMM
+    else:
+        layout = layout_of(weights)
     ours: Weights = {}
     ignored = []
     for name, tensor in weights.items():
@@ -267,8 +273,9 @@ def recognise(weights: Weights, backbone: nn.Module | None = None) -> WeightFile
     for part in HEADS:
         head, ours = split(ours, part)
         is_dense = "dense" in part
-        # A dense projector of ours has its layers in a submodule.
-        prefix = part + "layers." if is_dense else part
+        prefix = part
+        if is_dense:  # a dense projector of ours has its layers in a submodule
+            prefix += "layers."
         for name, tensor in renumber_layers(head, is_dense).items():
             ours[prefix + name] = tensor
     return WeightFile(layout.origin, ours, {}, ignored)
@@ -430,7 +437,9 @@ def listed(names: Iterable[str]) -> str:
     groups = Counter(name.partition(".")[0] for name in names)
     shown = []
     for group, count in groups.most_common(LONGEST_LIST):
-        shown.append(f"{group}.* ({count})" if count > 1 else group)
+        if count > 1:
+            group += f".* ({count})"
+        shown.append(group)
     if len(groups) > LONGEST_LIST:
         shown.append("...")
     return ", ".join(shown)

@@ -48,7 +48,9 @@ class BandJitter(Operation):
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         bands = self.image_kind.bands
-        num_factors = 1 if self.shared else bands
+        num_factors = bands
+        if self.shared:
+            num_factors = 1
         # The number of draws may not depend on the bands, so that they come from a seed.
         numbers = seeded_uniforms(seeds_from(draws[:, 0]), 3 * num_factors)
         brightness, contrast, gamma = numbers.view(-1, 3, num_factors).unbind(1)
@@ -57,7 +59,9 @@ class BandJitter(Operation):
             "contrast": about_one(self.contrast, contrast),
             "gamma": (1 + self.gamma) ** between([-1, 1], gamma),
         }
-        return {name: values.expand(-1, bands) for name, values in drawn.items()}
+        for name, values in drawn.items():
+            drawn[name] = values.expand(-1, bands)
+        return drawn
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         if image.dtype == np.uint8 or self.gamma > 0:
@@ -121,8 +125,13 @@ class BandDrop(Operation):
         return images * per_band(drawn["kept"], images)
 
     def describe(self, drawn: Numbers) -> str:
-        dropped = [str(band + 1) for band, kept in enumerate(drawn["kept"].tolist()) if not kept]
-        return "of band " + ", ".join(dropped) if dropped else "of no band"
+        dropped = []
+        for band, is_kept in enumerate(drawn["kept"].tolist(), start=1):
+            if not is_kept:
+                dropped.append(str(band))
+        if not dropped:
+            return "of no band"
+        return f"of band {', '.join(dropped)}"
 
 
 def per_band(values: Tensor, images: Tensor) -> Tensor:
@@ -133,4 +142,6 @@ def per_band(values: Tensor, images: Tensor) -> Tensor:
 def factors_in_words(factors: Any) -> str:
     """Return the factor of all bands, or the smallest and the largest."""
     low, high = float(factors.min()), float(factors.max())
-    return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
+    if low == high:
+        return f"{low:.2f}"
+    return f"{low:.2f} to {high:.2f}"

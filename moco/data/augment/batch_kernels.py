@@ -25,7 +25,9 @@ def luma(images: Tensor) -> Tensor:
 
 def grey(images: Tensor) -> Tensor:
     """Return the luma of RGB images and the mean of other bands, (batch, 1, height, width)."""
-    return luma(images) if images.shape[1] == 3 else images.mean(1, keepdim=True)
+    if images.shape[1] == 3:
+        return luma(images)
+    return images.mean(1, keepdim=True)
 
 
 def resized_crop(images: Tensor, boxes: Tensor, side: int) -> Tensor:
@@ -126,7 +128,9 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor, *, has_hue: boo
     if not has_hue:
         is_before_hue = torch.ones_like(is_before_hue)
     blend_factors = factors.gather(1, blends).to(images.dtype)
-    shift = factors[:, HUE].to(images.dtype) if has_hue else None
+    shift = None
+    if has_hue:
+        shift = factors[:, HUE].to(images.dtype)
     if images.device.type == "cpu":
         return jitter_on_cpu(images, blends, blend_factors, is_before_hue, shift)
     return jitter_on_gpu(images, blends, blend_factors, is_before_hue, shift)

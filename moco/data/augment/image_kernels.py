@@ -127,7 +127,9 @@ def brightness(image: np.ndarray, factor: float) -> np.ndarray:
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the mean grey of the image: its luma if it is RGB, or the mean of its bands."""
     if image.dtype == np.float32:
-        gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.shape[2] == 3 else image
+        gray = image
+        if image.shape[2] == 3:
+            gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         return scaled(image, factor, (1 - factor) * float(gray.mean()))
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     mean = int(cv2.mean(gray)[0] + 0.5)
@@ -137,7 +139,9 @@ def contrast(image: np.ndarray, factor: float) -> np.ndarray:
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the grey image."""
     blended = cv2.transform(image, factor * np.eye(3) + (1 - factor) * TO_GRAY)
-    return blended.clip(0, 1) if image.dtype == np.float32 else blended
+    if image.dtype == np.float32:
+        return blended.clip(0, 1)
+    return blended
 
 
 def hue(image: np.ndarray, shift: float) -> np.ndarray:

@@ -28,11 +28,13 @@ class GaussianNoise(Operation):
     pair_limits: ClassVar = {"sigma": (0, 1)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
-        return {"sigma": between(self.sigma, draws[:, 0]), "seed": seeds_from(draws[:, 1])}
+        sigma = between(self.sigma, draws[:, 0])
+        return {"sigma": sigma, "seed": seeds_from(draws[:, 1])}
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         noise = normals_like(images, drawn["seed"])
-        return noise.mul_(per_image(drawn["sigma"], images)).add_(images).clamp_(0, 1)
+        noise.mul_(per_image(drawn["sigma"], images))
+        return noise.add_(images).clamp_(0, 1)
 
     def describe(self, drawn: Numbers) -> str:
         return f"sigma {drawn['sigma']:.3f}"
@@ -55,14 +57,16 @@ class PoissonNoise(Operation):
     pair_limits: ClassVar = {"photons": (1, 1e6)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
-        return {"photons": between(self.photons, draws[:, 0]), "seed": seeds_from(draws[:, 1])}
+        photons = between(self.photons, draws[:, 0])
+        return {"photons": photons, "seed": seeds_from(draws[:, 1])}
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         photons = per_image(drawn["photons"], images)
         mean = images.clamp(min=0) * photons  # rounding can leave a value just below 0
         normals = normals_like(images, drawn["seed"])
         skewness = (normals**2).sub_(1).mul_(1 / 6)
-        counts = normals.mul_(mean.sqrt()).add_(mean).add_(skewness).round_().mul_(images > 0)
+        counts = normals.mul_(mean.sqrt()).add_(mean).add_(skewness).round_()
+        counts.mul_(images > 0)  # black stays black
         return counts.div_(photons).clamp_(0, 1)
 
     def describe(self, drawn: Numbers) -> str:
@@ -97,10 +101,11 @@ class Cutout(Operation):
         bottom, right = drawn["end"][:, :, None].unbind(1)
         rows = torch.arange(height, device=images.device)
         columns = torch.arange(width, device=images.device)
-        is_row = (rows >= top) & (rows < bottom)
-        is_column = (columns >= left) & (columns < right)
+        is_row = (rows >= top) & (rows < bottom)  # (batch, height)
+        is_column = (columns >= left) & (columns < right)  # (batch, width)
         is_inside = is_row[:, None, :, None] & is_column[:, None, None, :]
-        return torch.where(is_inside, images.mean((2, 3), keepdim=True), images)
+        means = images.mean((2, 3), keepdim=True)  # (batch, bands, 1, 1)
+        return torch.where(is_inside, means, images)
 
     def describe(self, drawn: Numbers) -> str:
         top, left = drawn["start"].tolist()

@@ -126,7 +126,7 @@ class Operation:
         """Change one image by its numbers: (height, width, 3) uint8, or float32 with any bands."""
         numbers = {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
         if image.dtype == np.uint8:
-            images = torch.tensor(image).permute(2, 0, 1)[None] / 255
+            images = torch.tensor(image).permute(2, 0, 1)[None] / 255  # (1, 3, height, width)
             return as_arrays_of(self.on_batch(images, numbers), RGB_8_BIT)[0]
         # Planes, because loops over the bands of each pixel are slow.
         height, width, bands = image.shape
@@ -143,8 +143,10 @@ class Operation:
             own = {name: values[row] for name, values in numbers.items()}
             results.append(self.on_image(image, own))
         changed = torch.from_numpy(np.stack(results)).to(images.device)
-        planes = changed.permute(0, 3, 1, 2).contiguous()
-        return planes if self.image_kind.is_float else planes / 255
+        planes = changed.permute(0, 3, 1, 2).contiguous()  # (batch, bands, height, width)
+        if self.image_kind.is_float:
+            return planes
+        return planes / 255
 
     def describe(self, drawn: Numbers) -> str:
         """Return the numbers of one image in words; empty if there are none."""
@@ -202,4 +204,7 @@ def is_pair(values: Any, low: float, high: float) -> bool:
     """Return whether these are two numbers in the range, the lower one first."""
     if not isinstance(values, (list, tuple)) or len(values) != 2:
         return False
-    return all(is_number(value, low, high) for value in values) and values[0] <= values[1]
+    first, second = values
+    if not is_number(first, low, high) or not is_number(second, low, high):
+        return False
+    return first <= second

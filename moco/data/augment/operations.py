@@ -63,9 +63,10 @@ class RandomResizedCrop(Operation):
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         height, width = sizes.double().unbind(1)
-        area = (height * width)[:, None] * between(self.scale, draws[:, :10])
-        log_ratio = [math.log(ratio) for ratio in self.ratio]
-        root = torch.exp(between(log_ratio, draws[:, 10:20]) / 2)
+        area = (height * width)[:, None] * between(self.scale, draws[:, :10])  # (batch, 10)
+        # The logarithm is uniform, so that 1:2 is as probable as 2:1.
+        log_ratio = list(map(math.log, self.ratio))
+        root = torch.exp(between(log_ratio, draws[:, 10:20]) / 2)  # of width / height
         # torch.round rounds half to even, as Python's round does in torchvision.
         heights = torch.round(area.sqrt() / root)  # (batch, 10)
         widths = torch.round(area.sqrt() * root)  # (batch, 10)
@@ -83,7 +84,7 @@ class RandomResizedCrop(Operation):
         crop_height = torch.where(found, heights.gather(1, first)[:, 0], middle_height)
         crop_width = torch.where(found, widths.gather(1, first)[:, 0], middle_width)
         room = torch.stack([height - crop_height, width - crop_width], 1)
-        random_corner = torch.floor(draws[:, 20:22] * (room + 1))
+        random_corner = torch.floor(draws[:, 20:22] * (room + 1))  # (batch, 2)
         corner = torch.where(found[:, None], random_corner, torch.floor(room / 2))
         box = torch.cat([corner, torch.stack([crop_height, crop_width], 1)], 1)
         return {"box": box.long(), "size": sizes}
@@ -420,8 +421,10 @@ def check_result(
     got = type(changed).__name__
     if hasattr(changed, "dtype") and hasattr(changed, "shape"):
         got = f"{got} of {changed.dtype} {tuple(changed.shape)}"
-    expected = f"{kind.__name__} of {np.dtype(dtype) if kind is np.ndarray else dtype}"
-    raise InputError(f"{where}: {method} returned {got}; expected {expected} {tuple(shape)}")
+    if kind is np.ndarray:
+        dtype = np.dtype(dtype)  # prints as uint8, and not as <class 'numpy.uint8'>
+    expected = f"{kind.__name__} of {dtype} {tuple(shape)}"
+    raise InputError(f"{where}: {method} returned {got}; expected {expected}")
 
 
 def build_operation(
@@ -446,7 +449,9 @@ def build_operation(
             these images; the message names the key.
     """
     key = f"{where}.{name}"
-    arguments = {} if settings is None else settings
+    arguments = settings
+    if settings is None:
+        arguments = {}
     if not isinstance(arguments, Mapping):
         operation_class(name, None, where)  # an unknown name is the worse mistake
         raise InputError(f"{key}: expected settings, {{name: number, ...}}, got {settings}")
@@ -491,10 +496,12 @@ def operation_class(name: str, target: Any, where: str) -> type[Operation]:
 
 def check_settings(kind: type[Operation], arguments: Mapping[str, Any], key: str) -> None:
     """Raise InputError if an operation has no such settings."""
-    parameters = inspect.signature(kind).parameters
-    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    choices = [*(name for name in parameters if name != "image_size"), "probability"]
+    choices = ["probability"]
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.kind == parameter.VAR_KEYWORD:
+            return  # it takes settings of any name
+        if name != "image_size":
+            choices.append(name)
     for argument in arguments:
         if argument in choices:
             continue

@@ -69,7 +69,11 @@ class Pipeline(Operation):
         return {"seed": seeds_from(draws[:, 0])}
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
-        given: Any = Image.fromarray(image) if image.dtype == np.uint8 else planes_of(image)
+        given: Any
+        if image.dtype == np.uint8:
+            given = Image.fromarray(image)
+        else:
+            given = planes_of(image)
         with draws_from(int(drawn["seed"])):
             result = self.transform(given)
         return self.checked_pixels(result)
@@ -92,7 +96,9 @@ class Pipeline(Operation):
                 )
             return np.asarray(result)
         if not isinstance(result, Tensor):
-            expected_kind = "a tensor" if is_float else "a PIL image or a tensor"
+            expected_kind = "a PIL image or a tensor"
+            if is_float:
+                expected_kind = "a tensor"
             raise InputError(
                 f"{self.where}: returned {type(result).__name__}; expected {expected_kind}"
             )
@@ -105,10 +111,11 @@ class Pipeline(Operation):
         if pixels.is_floating_point():
             pixels = self.from_float(pixels)
         if pixels.dtype != self.image_kind.dtype:
-            expected_type = "" if is_float else "torch.uint8, or "
+            expected_type = "torch.uint8, or floating-point values in 0..1"
+            if is_float:
+                expected_type = "floating-point values in 0..1"
             raise InputError(
-                f"{self.where}: returned a tensor of {pixels.dtype}; "
-                f"expected {expected_type}floating-point values in 0..1"
+                f"{self.where}: returned a tensor of {pixels.dtype}; expected {expected_type}"
             )
         return np.ascontiguousarray(pixels.cpu().permute(1, 2, 0).numpy())
 

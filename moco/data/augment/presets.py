@@ -17,7 +17,7 @@ def read_preset(name: str) -> dict[str, Any]:
         InputError: there is no such pair.
     """
     # `custom` has no operations.
-    names = [path.stem for path in FOLDER.glob("*.yaml") if path.stem != "custom"]
+    names = {path.stem for path in FOLDER.glob("*.yaml")} - {"custom"}
     if name not in names:
         raise InputError(unknown_name("augmentation", name, names))
     settings: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -92,7 +92,10 @@ def tried_on_image(step: Step, image: np.ndarray, drawn: Drawn) -> np.ndarray:
 def try_on_batch(step: Step, image: np.ndarray, drawn: Drawn) -> None:
     """Check a step on a batch of two equal images."""
     images = torch.tensor(image).permute(2, 0, 1).expand(2, -1, -1, -1)
-    images = images.clone() if image.dtype == np.float32 else images / 255
+    if image.dtype == np.float32:
+        images = images.clone()
+    else:
+        images = images / 255
     kept = images.clone()
     with user_errors_named(step.where, "on_batch"):
         changed = step.on_batch(kept, drawn)

@@ -91,7 +91,9 @@ class View:
     def pipeline(self) -> Pipeline | None:
         """The pipeline that makes the whole view, or None."""
         operation = self.steps[0].operation
-        return operation if isinstance(operation, Pipeline) else None
+        if isinstance(operation, Pipeline):
+            return operation
+        return None
 
     @property
     def own_steps(self) -> list[Step]:
@@ -121,7 +123,9 @@ class View:
         cropped_sizes = torch.full_like(sizes, self.image_size)
         numbers = []
         for place, step in enumerate(self.steps):
-            sizes_here = sizes if place <= self.crop else cropped_sizes
+            sizes_here = sizes
+            if place > self.crop:
+                sizes_here = cropped_sizes
             drawn = step.operation.draw(draws[place][:, 1:], sizes_here)
             drawn["applied"] = draws[place][:, 0] < step.probability
             numbers.append(drawn)
@@ -166,7 +170,9 @@ def foreign_code(operations: Any) -> list[str]:
         return [str(operations["transforms"])]
     found = []
     for name, settings in operations.items():
-        target = settings.get("target") if isinstance(settings, Mapping) else None
+        target = None
+        if isinstance(settings, Mapping):
+            target = settings.get("target")
         if target is not None:
             found.append(str(target))
         elif name not in known_operations():
@@ -253,21 +259,21 @@ class ViewPair:
         bands: int = 3,
         is_float: bool = False,
     ) -> None:
+        if key is None:
+            key = query
         self.kind = kind_of_images(bands, is_float)
         self.ramp = ramp or ResolutionRamp(image_size)
         self.views_of_size: dict[int, list[View]] = {}
         for size in self.ramp.sizes:
             query_view = View(query, size, "augmentation.query", bands, is_float)
-            key_settings = query if key is None else key
-            key_view = View(key_settings, size, "augmentation.key", bands, is_float)
+            key_view = View(key, size, "augmentation.key", bands, is_float)
             self.views_of_size[size] = [query_view, key_view]
         if self.ramp.start_image_size is not None:
             for view in self.views_at(0):
                 check_any_size(view, self.ramp)
         self.scale, self.shift = normalisation(mean, std, bands, is_float)
-        # One number for each band.
-        self.mean = [*mean] * (bands // len(mean))
-        self.std = [*std] * (bands // len(std))
+        self.mean = for_each_band(mean, bands)
+        self.std = for_each_band(std, bands)
         self.image_size = image_size
         self.seed = seed
         self.engine = engine
@@ -284,7 +290,8 @@ class ViewPair:
         Raises:
             InputError: there is no such pair.
         """
-        return cls(**(read_preset(name) | {"image_size": image_size} | settings))
+        settings = read_preset(name) | {"image_size": image_size} | settings
+        return cls(**settings)
 
     def __call__(
         self, image: Image.Image | np.ndarray, epoch: int = 0, index: int = 0
@@ -324,8 +331,10 @@ class ViewPair:
             indices: (batch,) int64, number of each image in the dataset.
             sizes: (batch, 2) int64, height and width of each image, px.
         """
-        views = self.views_at(epoch)
-        return [view.draw(self.seed, epoch, indices, n, sizes) for n, view in enumerate(views)]
+        drawn = []
+        for number, view in enumerate(self.views_at(epoch)):
+            drawn.append(view.draw(self.seed, epoch, indices, number, sizes))
+        return drawn
 
     def describe(self, epoch: int, index: int, size: Sequence[int]) -> list[list[str]]:
         """Return, for each view of one image, a line of text for each step that is applied.
@@ -333,9 +342,13 @@ class ViewPair:
         Args:
             size: height and width of the image, px.
         """
-        drawn = self.draw(epoch, torch.tensor([index]), torch.tensor([list(size)]))
-        views = self.views_at(epoch)
-        return [view.describe(row_of(drawn[place], 0)) for place, view in enumerate(views)]
+        indices = torch.tensor([index])  # a batch of one
+        sizes = torch.tensor([list(size)])
+        drawn = self.draw(epoch, indices, sizes)
+        lines = []
+        for view, numbers in zip(self.views_at(epoch), drawn, strict=True):
+            lines.append(view.describe(row_of(numbers, 0)))
+        return lines
 
     def num_worker_steps(self, view: View) -> int:
         """Return how many steps of a view a loader process applies."""
@@ -360,7 +373,9 @@ class ViewPair:
             key_images: what the key views are made of; None: also of `images`. The draws of row i
                 are those of ``indices[i]`` in both views.
         """
-        of_views = [images, images if key_images is None else key_images]
+        if key_images is None:
+            key_images = images
+        of_views = [images, key_images]
         planes = views.numpy()
         for place, view in enumerate(self.views_at(epoch)):
             of_view = of_views[place]
@@ -417,10 +432,12 @@ class ViewPair:
         Returns:
             The two views, (batch, bands, side, side) float32 each, normalised.
         """
-        places = range(len(self.views_at(epoch)))
-        of_views = [images, images if key_images is None else key_images]
+        if key_images is None:
+            key_images = images
+        of_views = [images, key_images]
         results = []
-        for place in places:
+        # A pair of one view, as an evaluation has, gives that view twice.
+        for place in range(len(self.views_at(epoch))):
             results.append(self._on_device(of_views[place], epoch, indices, place, start=0))
         return results[0], results[-1]
 
@@ -435,7 +452,8 @@ class ViewPair:
         num_at_once = len(images)
         if images.device.type == "cpu":
             values_of_image = max(images[0].numel(), self.kind.bands * side**2)
-            num_at_once = max(1, VALUES_AT_ONCE * torch.get_num_threads() // values_of_image)
+            values_at_once = VALUES_AT_ONCE * torch.get_num_threads()
+            num_at_once = max(1, values_at_once // values_of_image)
         results = torch.empty(len(images), self.kind.bands, side, side, device=images.device)
         largest = self.kind.largest
         for first in range(0, len(images), num_at_once):
@@ -516,7 +534,9 @@ def to_float(images: Tensor) -> Tensor:
 def sizes_of(images: Tensor, indices: Tensor) -> Tensor:
     """Return height and width for each of `indices`, (batch, 2), filled in on their device."""
     height, width = images.shape[2:]
-    return torch.stack([torch.full_like(indices, height), torch.full_like(indices, width)], 1)
+    heights = torch.full_like(indices, height)
+    widths = torch.full_like(indices, width)
+    return torch.stack([heights, widths], 1)
 
 
 def normalisation(
@@ -540,10 +560,15 @@ def normalisation(
             )
     if min(std) <= 0:
         raise InputError(f"augmentation.std={[*std]}: expected numbers above 0")
-    std_tensor = torch.tensor([*std] * (bands // len(std))).view(bands, 1, 1)
-    mean_tensor = torch.tensor([*mean] * (bands // len(mean))).view(bands, 1, 1)
+    std_tensor = torch.tensor(for_each_band(std, bands)).view(bands, 1, 1)
+    mean_tensor = torch.tensor(for_each_band(mean, bands)).view(bands, 1, 1)
     scale = 1 / (kind_of_images(bands, is_float).largest * std_tensor)
     return scale, mean_tensor / std_tensor
+
+
+def for_each_band(numbers: Sequence[float], bands: int) -> list[float]:
+    """Return a number for each band, of one for all bands or of one for each."""
+    return [*numbers] * (bands // len(numbers))
 
 
 class Normalized:
@@ -593,8 +618,9 @@ class EvaluationView:
     ) -> None:
         self.crop = evaluation_crop(image_size, crop_ratio)
         self.normalized = Normalized(mean, std, bands, is_float)
-        is_unchanged = round(image_size / crop_ratio) == image_size
-        self.unchanged_size = image_size if is_unchanged else None
+        self.unchanged_size: int | None = None
+        if round(image_size / crop_ratio) == image_size:
+            self.unchanged_size = image_size
         """Side of the square images whose pixels the view only normalises, px."""
 
     def __call__(self, image: AnyImage) -> Tensor:

@@ -36,7 +36,9 @@ def read_arrays(path: str | Path, names: Sequence[str]) -> tuple[dict[str, np.nd
     """
     arrays: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(path) as archive:
-        present = [name.removesuffix(".npy") for name in archive.namelist()]
+        present = []
+        for member in archive.namelist():
+            present.append(member.removesuffix(".npy"))
         wanted = [name for name in names if name in present]
         check_memory(archive, wanted)
         for name in wanted:

@@ -23,6 +23,7 @@ from moco.data.files.encoded_image import (
     first_bytes,
     image_type,
     joined_header,
+    path_or_file,
     values_at,
 )
 
@@ -53,20 +54,26 @@ def num_pages(request: Request) -> int:
     """Return the number of images: the first of four axes, or the arrays of a .npz."""
     if is_archive(request):
         return len(stored_in_archive(request))
-    stored = stored_in_file(request)
-    return stored.shape[0] if len(stored.shape) == 4 else 1
+    shape = stored_in_file(request).shape
+    if len(shape) < 4:
+        return 1
+    return shape[0]
 
 
 def read_header(request: Request) -> ImageHeader:
     """Return what is known of an image before it is read."""
     if is_archive(request):
         chosen = chosen_of(stored_in_archive(request), request.page)
-        names = [stored.name for stored in chosen]
     else:
         chosen = stored_pages(request)
-        names = []
-    header = joined_header([image_header(stored, request) for stored in chosen])
-    if len(names) == header.bands > 1:
+    headers = []
+    names = []
+    for stored in chosen:
+        headers.append(image_header(stored, request))
+        names.append(stored.name)
+    header = joined_header(headers)
+    # Arrays of several bands do not tell what each band is.
+    if is_archive(request) and len(names) == header.bands > 1:
         return header._replace(band_names=tuple(names))
     return header
 
@@ -180,8 +187,7 @@ def stored_in_archive(request: Request) -> list[StoredArray]:
 @contextmanager
 def opened_archive(source: bytes | str) -> Iterator[zipfile.ZipFile]:
     """Open a .npz."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(path_or_file(source)) as archive:
         yield archive
 
 
@@ -215,7 +221,10 @@ def read_arrays(request: Request) -> Iterator[np.ndarray]:
     if not is_archive(request):
         stored = stored_in_file(request)
         values = values_at(request.source, stored.dtype, stored.num_values, stored.start)
-        array = values.reshape(stored.shape, order="F" if stored.is_fortran else "C")
+        if stored.is_fortran:
+            array = values.reshape(stored.shape, order="F")
+        else:
+            array = values.reshape(stored.shape)
         if array.ndim != 4:
             yield array
         elif request.page is None:

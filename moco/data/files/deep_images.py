@@ -5,6 +5,7 @@ Every channel is a band with its true values, alpha too.
 
 import mmap
 import re
+import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -117,7 +118,11 @@ def netpbm_header(start: bytes) -> Netpbm | None:
     if found is None:
         return None
     kind, width, height, largest = map(int, found.groups())
-    return Netpbm(kind in (2, 3), 3 if kind in (3, 6) else 1, width, height, largest, found.end())
+    is_text = kind in (2, 3)
+    bands = 1
+    if kind in (3, 6):
+        bands = 3
+    return Netpbm(is_text, bands, width, height, largest, found.end())
 
 
 def netpbm_pixels(content: bytes | mmap.mmap, header: Netpbm) -> np.ndarray:
@@ -152,7 +157,8 @@ def jpeg2000_header(content: bytes | mmap.mmap) -> tuple[tuple[int, int], int, n
     fields = content[place + 4 : place + 42]
     if place < 0 or len(fields) < 38:
         raise ValueError("a JPEG 2000 file without a codestream")
-    right, bottom, left, top = (int.from_bytes(fields[at : at + 4], "big") for at in (4, 8, 12, 16))
+    # Behind the segment's length and the capabilities: four numbers of 32 bits, in this order.
+    right, bottom, left, top = struct.unpack(">4I", fields[4:20])
     bands = int.from_bytes(fields[36:38], "big")
     channels = content[place + 42 : place + 42 + 3 * bands]
     if not channels or channels != channels[:3] * bands or channels[1:3] != b"\1\1":
@@ -160,10 +166,11 @@ def jpeg2000_header(content: bytes | mmap.mmap) -> tuple[tuple[int, int], int, n
     is_signed, bits = channels[0] >= 128, channels[0] % 128 + 1
     if bits > 16:
         raise ValueError(f"a JPEG 2000 file of {bits} bits, expected at most 16")
+    name = "uint8"
     if bits > 8:
-        name = "int16" if is_signed else "uint16"
-    else:
-        name = "int8" if is_signed else "uint8"
+        name = "uint16"
+    if is_signed:
+        name = name.removeprefix("u")
     return (bottom - top, right - left), bands, np.dtype(name)
 
 

@@ -4,7 +4,6 @@ Stored values become those that the file means: slope and intercept are applied,
 white) is inverted, palettes and YBR become RGB.
 """
 
-import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +15,7 @@ from moco.data.files.encoded_image import (
     Request,
     image_type,
     joined_header,
+    path_or_file,
 )
 from moco.data.files.jpeg_images import frame_size
 from moco.extras import install_command
@@ -57,8 +57,10 @@ def num_pages(request: Request) -> int:
 def read_header(request: Request) -> ImageHeader:
     """Return what is known of an image before it is decoded."""
     dataset = read_dataset(request, with_pixels=False)
-    pages = chosen_pages(dataset, request.page)
-    return joined_header([frame_header(dataset, page, request) for page in pages])
+    headers = []
+    for page in chosen_pages(dataset, request.page):
+        headers.append(frame_header(dataset, page, request))
+    return joined_header(headers)
 
 
 def read_pixels(request: Request, header: ImageHeader) -> np.ndarray:
@@ -81,8 +83,7 @@ def read_dataset(request: Request, with_pixels: bool) -> "Dataset":
         import pydicom
     except ImportError as error:
         raise ValueError(f"DICOM needs pydicom: {install_command('dicom')}") from error
-    source = request.source
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    file = path_or_file(request.source)
     dataset = pydicom.dcmread(file, stop_before_pixels=not with_pixels)
     if "Rows" not in dataset or "Columns" not in dataset:
         raise ValueError("a DICOM file without an image")
@@ -129,7 +130,9 @@ def stored_type(dataset: "Dataset") -> np.dtype:
     bits = max(int(dataset.BitsAllocated), 8)  # single bits are read as bytes
     if "PixelRepresentation" not in dataset and bits >= 32:
         return np.dtype(f"float{bits}")
-    return np.dtype(f"int{bits}" if dataset.get("PixelRepresentation") else f"uint{bits}")
+    if dataset.get("PixelRepresentation"):
+        return np.dtype(f"int{bits}")
+    return np.dtype(f"uint{bits}")
 
 
 def measured_type(dataset: "Dataset", page: int) -> np.dtype:
@@ -149,7 +152,10 @@ def measured_type(dataset: "Dataset", page: int) -> np.dtype:
     largest = 2.0 ** (8 * stored.itemsize) * abs(slope) + abs(intercept)
     if stored.kind != "f" and slope % 1 == 0 and intercept % 1 == 0 and largest <= LARGEST_INT32:
         return np.dtype(np.int32)
-    return np.dtype(np.float32 if stored.itemsize <= 2 else np.float64)
+    # Float32 holds all values of 16 bits exactly, but not those of 32.
+    if stored.itemsize <= 2:
+        return np.dtype(np.float32)
+    return np.dtype(np.float64)
 
 
 def rescale_of(dataset: "Dataset", page: int) -> Rescale | None:
@@ -195,7 +201,9 @@ def frame_values(dataset: "Dataset", page: int, request: Request) -> np.ndarray:
     if not request.window:
         return array
     shown = through_window(array, dataset, page)
-    return 1 - shown if is_inverted else shown
+    if is_inverted:
+        return 1 - shown
+    return shown
 
 
 def inverted(array: np.ndarray, dataset: "Dataset") -> np.ndarray:

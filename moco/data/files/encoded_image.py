@@ -4,6 +4,7 @@ A reader is a module with three functions: ``num_pages(request)``, ``read_header
 ``read_pixels(request, header)``. `moco.data.files.images` chooses one by a file's first bytes.
 """
 
+import io
 import mmap
 import os
 import stat
@@ -271,6 +272,13 @@ def first_bytes(source: bytes | str, count: int) -> bytes:
         return file.read(count)
 
 
+def path_or_file(source: bytes | str) -> io.BytesIO | str:
+    """Return a path as it is, and the content of a file as a file: what libraries open."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return source
+
+
 @contextmanager
 def content_of(source: bytes | str) -> Iterator[bytes | mmap.mmap]:
     """Give the content of a file, memory-mapped if `source` is a path."""
@@ -350,7 +358,9 @@ def check_bad_fraction(
     are_all_bad = len(names) == num_images > 0
     if are_all_bad or len(names) > max_bad_fraction * num_images:
         first = ", ".join(map(printable, sorted(names)[:MAX_NAMED]))
-        example = f" ({reason})" if reason else ""
+        example = ""
+        if reason:
+            example = f" ({reason})"
         raise InputError(
             f"{len(names)} of {num_images} images cannot be read, more than "
             f"data.max_bad_fraction={max_bad_fraction}; the first are {first}{example}"

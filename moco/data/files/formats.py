@@ -38,7 +38,9 @@ FORMATS = (
     Format("NPZ", (".npz",), "numpy"),
     Format("DICOM", (".dcm", ".dicom"), "dicom", "pydicom", "dicom"),
 )
-FORMAT_OF_ENDING = {ending: known for known in FORMATS for ending in known.endings}
+FORMAT_OF_ENDING: dict[str, Format] = {}
+for _known in FORMATS:
+    FORMAT_OF_ENDING |= dict.fromkeys(_known.endings, _known)
 FORMAT_OF_NAME = {known.name: known for known in FORMATS}
 
 SIGNATURES = (
@@ -62,6 +64,15 @@ ZIP_START = b"PK\x03\x04"
 # The brands of ISO base media files, in the bytes 8 to 12, after "ftyp".
 AVIF_BRANDS = (b"avif", b"avis")
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def endings_not_read_by(reader: str) -> tuple[str, ...]:
+    """Return the endings of the formats that another reader decodes."""
+    endings: list[str] = []
+    for known in FORMATS:
+        if known.reader != reader:
+            endings += known.endings
+    return tuple(endings)
 
 
 def recognised(first_bytes: bytes) -> Format | None:

@@ -49,7 +49,10 @@ def read_pixels(request: Request, header: ImageHeader) -> np.ndarray:
     Raises:
         ValueError: it is damaged. Pillow can read some of these files, and its messages say more.
     """
-    pixels = simplejpeg.decode_jpeg(request.source, "GRAY" if header.bands == 1 else "RGB")
+    colours = "RGB"
+    if header.bands == 1:
+        colours = "GRAY"
+    pixels = simplejpeg.decode_jpeg(request.source, colours)
     return oriented(pixels, header.orientation)
 
 

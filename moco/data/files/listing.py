@@ -23,7 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moco.data.files.archives import DAMAGED, read_arrays
-from moco.data.files.formats import FIRST_BYTES, FORMAT_OF_ENDING, FORMATS, Format, recognised
+from moco.data.files.formats import (
+    FIRST_BYTES,
+    FORMATS,
+    Format,
+    endings_not_read_by,
+    recognised,
+)
 from moco.data.files.images import UnreadableImage, header, pillow_warnings_ignored
 from moco.data.files.written_files import (
     NAMES_OF_FOLDERS,
@@ -113,6 +119,13 @@ class PathList(Sequence[str]):
         paths = self.text.tobytes().split(b"\0")[:-1]
         return [path[start:] for path in paths]
 
+    def places(self, paths: Iterable[str]) -> list[int]:
+        """Return the place of each of these paths; all of them have to be here."""
+        place_of: dict[str, int] = {}
+        for place, path in enumerate(self):
+            place_of[path] = place
+        return [place_of[path] for path in paths]
+
     def where(self, chosen: np.ndarray) -> "PathList":
         """Return the paths for which `chosen`, (paths,) bool, is true."""
         lengths = np.diff(self.ends, prepend=0)
@@ -166,14 +179,20 @@ class Listing:
 
     def describe(self) -> str:
         """Return how many files there are, and how many images by ending: ``9 files: .png 8``."""
-        return f"{num_files(self.formats) + num_files(self.left_out):,} files: " + ", ".join(
-            f"{ending} {count:,}" for ending, count in by_count(self.formats)
-        )
+        number = num_files(self.formats) + num_files(self.left_out)
+        counts = []
+        for ending, count in by_count(self.formats):
+            counts.append(f"{ending} {count:,}")
+        return f"{number:,} files: {', '.join(counts)}"
 
 
 def num_files(counts: Mapping[str, int]) -> int:
     """Return the number of files in a count by kind, without folders."""
-    return sum(count for kind, count in counts.items() if not kind.endswith("/"))
+    number = 0
+    for kind, count in counts.items():
+        if not kind.endswith("/"):
+            number += count
+    return number
 
 
 def by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -221,7 +240,7 @@ def list_trees(roots: Sequence[str]) -> tuple[Listing, list[Folder], bool]:
         written = files_written_by_us(images, formats)
         if written:
             images = [path for path in images if path not in written]
-            formats -= Counter(ending_of(path) for path in written)
+            formats -= Counter(map(ending_of, written))
             left_out[WRITTEN] += len(written)
         if not images:
             there = described(left_out) or f"looked for {', '.join(readable_endings(kinds))}"
@@ -236,7 +255,9 @@ def list_trees(roots: Sequence[str]) -> tuple[Listing, list[Folder], bool]:
 
 def kinds_of_endings() -> dict[str, str | None]:
     """Return what each known ending is: None for images, or the kind of what is left out."""
-    kinds: dict[str, str | None] = {ending: ending for ending in OTHER_ENDINGS}
+    kinds: dict[str, str | None] = {}
+    for ending in OTHER_ENDINGS:
+        kinds[ending] = ending
     for known in FORMATS:
         for ending in known.endings:
             kinds[ending] = kind_of_format(known, ending)
@@ -252,7 +273,8 @@ def kind_of_format(known: Format, ending: str) -> str | None:
 
 def readable_endings(kinds: Mapping[str, str | None]) -> list[str]:
     """Return the endings of images that can be read, in alphabetical order."""
-    return sorted(ending for ending, kind in kinds.items() if kind is None)
+    endings = [ending for ending, kind in kinds.items() if kind is None]
+    return sorted(endings)
 
 
 def files_written_by_us(images: Sequence[str], formats: Mapping[str, int]) -> set[str]:
@@ -269,15 +291,19 @@ def files_written_by_us(images: Sequence[str], formats: Mapping[str, int]) -> se
 def ending_of(path: str) -> str:
     """Return the ending of a file's name in lower case, with its dot; empty without a dot."""
     _, dot, ending = os.path.basename(path).rpartition(".")
-    return (dot + ending).lower() if dot else ""
+    if not dot:
+        return ""
+    return (dot + ending).lower()
 
 
 def log_left_out(roots: Sequence[str], left_out: Mapping[str, int]) -> None:
     """Log what is left out, if there is anything: a warning if a package is missing for images."""
     if not left_out:
         return
-    is_warning = any("pip install" in kind for kind in left_out)
-    level = logging.WARNING if is_warning else logging.INFO
+    level = logging.INFO
+    for kind in left_out:
+        if "pip install" in kind:
+            level = logging.WARNING
     log.log(level, "%s", printable(f"{', '.join(roots)}: {described(left_out)}"))
 
 
@@ -285,18 +311,38 @@ def described(left_out: Mapping[str, int]) -> str:
     """Return ``left out 3 files: .txt 2, hidden 1; 1 folder: __MACOSX``, or nothing."""
     # What could be read after an installation comes first.
     kinds = sorted(by_count(left_out), key=lambda item: "pip install" not in item[0])
-    files = [f"{kind} {count:,}" for kind, count in kinds if not kind.endswith("/")]
-    folders = [kind.removesuffix("/") for kind, _ in kinds if kind.endswith("/")]
+    files = []
+    folders = []
+    for kind, count in kinds:
+        if kind.endswith("/"):
+            folders.append(kind.removesuffix("/"))
+        else:
+            files.append(f"{kind} {count:,}")
+    num_left_out = num_files(left_out)
+    num_folders = sum(left_out.values()) - num_left_out
     parts = []
-    for what, named, count in (
-        ("file", files, num_files(left_out)),
-        ("folder", folders, sum(left_out.values()) - num_files(left_out)),
-    ):
-        if named:
-            rest = ", ..." if len(named) > MOST_KINDS else ""
-            shown = ", ".join(named[:MOST_KINDS]) + rest
-            parts.append(f"{count:,} {what}{'s' if count > 1 else ''}: {shown}")
-    return "left out " + "; ".join(parts) if parts else ""
+    if files:
+        parts.append(f"{number_of(num_left_out, 'file')}: {first_kinds(files)}")
+    if folders:
+        parts.append(f"{number_of(num_folders, 'folder')}: {first_kinds(folders)}")
+    if not parts:
+        return ""
+    return f"left out {'; '.join(parts)}"
+
+
+def number_of(count: int, what: str) -> str:
+    """Return ``1 file`` or ``2 files``."""
+    if count == 1:
+        return f"1 {what}"
+    return f"{count:,} {what}s"
+
+
+def first_kinds(named: Sequence[str]) -> str:
+    """Return the kinds that the log names, for one line."""
+    shown = ", ".join(named[:MOST_KINDS])
+    if len(named) > MOST_KINDS:
+        shown += ", ..."
+    return shown
 
 
 def check_folder(root: str) -> None:
@@ -317,7 +363,9 @@ def list_folders(root: str, kinds: Mapping[str, str | None]) -> tuple[list[Folde
     pending = deque([root])
     linked: deque[str] = deque()  # links wait until all folders are listed by their own names
     # A link to a folder above root would lead to what is beside root.
-    seen = {identity(os.stat(parent)) for parent in Path(root).resolve().parents}
+    seen = set()
+    for parent in Path(root).resolve().parents:
+        seen.add(identity(os.stat(parent)))
     found: list[Folder] = []
     is_complete = True
     num_images = 0
@@ -449,10 +497,11 @@ def count_pages(paths: PathList) -> np.ndarray:
     TIFF, NumPy and DICOM files may hold several; other files and unreadable files count as one.
     """
     num_pages = np.ones(len(paths), dtype=np.int64)
-    endings = tuple(
-        ending for ending, known in FORMAT_OF_ENDING.items() if known.reader != "pillow"
-    )
-    stacks = [index for index, path in enumerate(paths) if path.lower().endswith(endings)]
+    endings = endings_not_read_by("pillow")
+    stacks = []
+    for index, path in enumerate(paths):
+        if path.lower().endswith(endings):
+            stacks.append(index)
     with pillow_warnings_ignored(), ThreadPoolExecutor(NUM_THREADS) as pool:
         found = pool.map(pages_of, map(paths.__getitem__, stacks))
         num_pages[stacks] = list(counted(found, "counting pages", len(stacks), "files"))
@@ -500,7 +549,9 @@ def listed(roots: Sequence[str], pages: str = "first", cache: Path | None = None
         files = replace(files, num_pages=count_pages(files.paths))
     log_left_out(roots, files.left_out)
     # A folder that has just changed could change again within a step of the file system's clock.
-    newest_change = max(folder.status.st_mtime_ns for folder in folders)
+    newest_change = 0
+    for folder in folders:
+        newest_change = max(newest_change, folder.status.st_mtime_ns)
     is_settled = newest_change < now - SETTLED_SECONDS * 10**9
     # A folder that could not be read is listed at each start, to name it in a warning.
     if cache is not None and is_settled and is_complete:
@@ -518,7 +569,12 @@ def key_of(roots: Sequence[str], pages: str) -> np.ndarray:
 
 def write_listing(cache: Path, key: np.ndarray, files: Listing, folders: Sequence[Folder]) -> None:
     """Write a listing as a whole or not at all; warn if that fails."""
-    folder_paths = PathList.of(folder.path for folder in folders)
+    paths = []
+    stamps = []
+    for folder in folders:
+        paths.append(folder.path)
+        stamps.append(stamp(folder.status))
+    folder_paths = PathList.of(paths)
     counts = json.dumps({"formats": files.formats, "left_out": files.left_out})
     # Two programs may write the listing at the same time.
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
@@ -534,7 +590,7 @@ def write_listing(cache: Path, key: np.ndarray, files: Listing, folders: Sequenc
                     num_pages=files.num_pages,
                     folder_text=folder_paths.text,
                     folder_ends=folder_paths.ends,
-                    folder_stamps=np.array([stamp(folder.status) for folder in folders]),
+                    folder_stamps=np.array(stamps),
                 )
             os.replace(temporary, cache)
         finally:
@@ -552,13 +608,14 @@ def read_listing(cache: Path, key: np.ndarray) -> Listing:
     """
     try:
         arrays, _ = read_arrays(cache, ARRAYS)
-        key_there, counts, text, ends, num_pages, *of_folders, stamps = [
-            arrays[name] for name in ARRAYS
-        ]
-        counted = json.loads(counts.tobytes())
+        paths = PathList(arrays["text"], arrays["ends"])
+        num_pages = arrays["num_pages"]
+        folders = PathList(arrays["folder_text"], arrays["folder_ends"])
+        stamps = arrays["folder_stamps"]
+        key_there = arrays["key"]
+        counted = json.loads(arrays["counts"].tobytes())
     except DAMAGED as error:
         raise Outdated(f"{cache} cannot be read ({error})") from error
-    folders = PathList(*of_folders)
     if not np.array_equal(key_there, key):
         raise Outdated(f"{cache} is of other folders or settings")
     # On a network each question takes milliseconds, but many can be asked at a time.
@@ -566,7 +623,7 @@ def read_listing(cache: Path, key: np.ndarray) -> Listing:
         now = np.array(list(pool.map(stamp_of, folders)))
     for place in np.flatnonzero((now != stamps).any(axis=1)).tolist():
         raise Outdated(f"{printable(folders[place])} has changed")
-    return Listing(PathList(text, ends), num_pages, **counted)
+    return Listing(paths, num_pages, **counted)
 
 
 def stamp_of(folder: str) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Reading 8-bit images by Pillow."""
 
-import io
 import mmap
 import os
 import warnings
@@ -21,6 +20,7 @@ from moco.data.files.encoded_image import (
     joined_header,
     oriented,
     oriented_size,
+    path_or_file,
 )
 from moco.data.files.formats import FORMATS
 from moco.extras import install_command
@@ -77,7 +77,7 @@ def opened(
     Image.MAX_IMAGE_PIXELS = max_image_pixels / 2  # type: ignore[assignment]  # it refuses 2 x this
     Image.init()
     formats = [known for known in PILLOW_FORMATS if known in Image.OPEN]
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    file = path_or_file(source)
     with errors_named(name or str(source), max_image_pixels, file):
         if isinstance(file, str):
             check_regular_file(os.stat(file))
@@ -135,7 +135,10 @@ def num_frames(image: Image.Image) -> int:
 def read_header(request: Request) -> ImageHeader:
     """Return what is known of an image before it is decoded."""
     with opened(request.source, request.max_image_pixels, request.name) as image:
-        return joined_header([page_header(page, request) for page in pages_of(image, request)])
+        headers = []
+        for page in pages_of(image, request):
+            headers.append(page_header(page, request))
+        return joined_header(headers)
 
 
 def read_pixels(request: Request, header: ImageHeader) -> np.ndarray:
@@ -180,7 +183,9 @@ def read_numbers(request: Request) -> np.ndarray:
 def png_bit_depth(source: bytes | str) -> int:
     """Return the bits per sample of a PNG file, or 8 for any other file."""
     header = first_bytes(source, PNG_BIT_DEPTH_OFFSET + 1)
-    return header[-1] if header.startswith(PNG_START) else 8
+    if not header.startswith(PNG_START):
+        return 8
+    return header[-1]
 
 
 def pages_of(image: Image.Image, request: Request) -> Iterator[Image.Image]:
@@ -197,7 +202,9 @@ def pages_of(image: Image.Image, request: Request) -> Iterator[Image.Image]:
 def page_header(image: Image.Image, request: Request) -> ImageHeader:
     """Return the header of the current page."""
     mode = mode_of(image, request)
-    bands = 3 if mode is None else Image.getmodebands(mode)
+    bands = 3
+    if mode is not None:
+        bands = Image.getmodebands(mode)
     orientation = orientation_of(image, request.source)
     size = oriented_size((image.height, image.width), orientation)
     return ImageHeader(size, bands, UINT8, orientation)
@@ -226,7 +233,9 @@ def orientation_of(image: Image.Image, source: bytes | str) -> int:
         if follows_the_pixels:
             image.load()
     exif = image.info.get("exif")
-    return orientation_in(exif) if exif else 1
+    if not exif:
+        return 1
+    return orientation_in(exif)
 
 
 def orientation_in(exif: bytes) -> int:
@@ -235,7 +244,10 @@ def orientation_in(exif: bytes) -> int:
     with suppress(Exception):  # Pillow raises nearly anything on damaged EXIF
         notes.load(exif)
     orientation = notes.get(ORIENTATION, 1)
-    return orientation if orientation in range(1, 9) else 1
+    # The standard has the numbers 1 to 8; cameras have also written 0.
+    if orientation not in range(1, 9):
+        return 1
+    return orientation
 
 
 def png_has_exif(png: bytes | mmap.mmap) -> bool:

@@ -4,7 +4,6 @@ Pillow knows palettes, CMYK, YCbCr and transparency. It takes other bands for co
 wraps values of more than 8 bits.
 """
 
-import io
 import logging
 import math
 import os
@@ -28,6 +27,7 @@ from moco.data.files.encoded_image import (
     joined_header,
     oriented,
     oriented_size,
+    path_or_file,
     values_at,
 )
 from moco.data.files.jpeg_images import frame_size
@@ -57,15 +57,14 @@ def opened_tiff(source: bytes | str) -> Iterator["TiffFile"]:
 
     # It logs what is odd in a file. What matters here becomes an error.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with tifffile.TiffFile(file) as tiff:
+    with tifffile.TiffFile(path_or_file(source)) as tiff:
         yield tiff
 
 
 def num_pages(request: Request) -> int:
     """Return the number of images in a file, without overviews, thumbnails and masks."""
     with opened_tiff(request.source) as tiff:
-        return sum(1 for _ in pages_of(tiff))
+        return len(numbers_of_pages(tiff))
 
 
 def pages_of(tiff: "TiffFile") -> Iterator["TiffPage"]:
@@ -94,13 +93,13 @@ def chosen_pages(tiff: "TiffFile", request: Request) -> list["TiffPage"]:
     """
     if request.page is None:
         return list(pages_of(tiff))
-    if request.page == 0:
+    if request.page == 0:  # most files have one image, which needs no walk over all pages
         return [next(pages_of(tiff))]
     if isinstance(request.source, str):
         status = os.stat(request.source)
         numbers = page_numbers(request.source, status.st_size, status.st_mtime_ns)
     else:
-        numbers = tuple(page.index for page in pages_of(tiff))
+        numbers = numbers_of_pages(tiff)
     if request.page >= len(numbers):
         raise EOFError("attempt to seek outside sequence")  # Pillow's words
     return [cast("TiffPage", tiff.pages[numbers[request.page]])]
@@ -117,7 +116,12 @@ def page_numbers(path: str, size: int, mtime_ns: int) -> tuple[int, ...]:
         size: of the file; like the time of its last change it tells when it is another one.
     """
     with opened_tiff(path) as tiff:
-        return tuple(page.index for page in pages_of(tiff))
+        return numbers_of_pages(tiff)
+
+
+def numbers_of_pages(tiff: "TiffFile") -> tuple[int, ...]:
+    """Return the numbers of a file's images among all its pages."""
+    return tuple(page.index for page in pages_of(tiff))
 
 
 def read_header(request: Request) -> ImageHeader:
@@ -173,14 +177,18 @@ def page_header(page: "TiffPage", request: Request) -> ImageHeader:
 def tag_value(page: "TiffPage", tag: int, default: Any) -> Any:
     """Return the value of a tag, or the default if there is none."""
     value = page.tags.valueof(tag)
-    return default if value is None else value
+    if value is None:
+        return default
+    return value
 
 
 def are_colours(page: "TiffPage") -> bool:
     """Return whether a page has 8-bit colours, which Pillow reads right."""
     if page.sampleformat != 1:
         return False
-    bits, samples, extra = page.bitspersample, page.samplesperpixel, tuple(page.extrasamples)
+    bits = page.bitspersample
+    samples = page.samplesperpixel
+    extra = tuple(page.extrasamples)
     if page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, PALETTE) and samples == 1:
         return bits in (1, 2, 4, 8)
     if bits != 8:
@@ -216,9 +224,10 @@ def gdal_band_names(page: "TiffPage") -> tuple[str, ...] | None:
         if item.get("role") == "description" and item.text:
             with suppress(ValueError):
                 names[int(item.get("sample", "0"))] = item.text
-    if sorted(names) != list(range(page.samplesperpixel)):
+    bands = range(page.samplesperpixel)
+    if sorted(names) != list(bands):
         return None
-    return tuple(names[band] for band in range(page.samplesperpixel))
+    return tuple(names[band] for band in bands)
 
 
 def ome_channel_names(tiff: "TiffFile") -> tuple[str, ...] | None:
@@ -239,8 +248,13 @@ def xml_elements(text: Any, kind: str) -> list[ElementTree.Element]:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError:
         return []
-    # The names of OME stand in a namespace: {http://...}Channel.
-    return [element for element in root.iter() if element.tag.rpartition("}")[2] == kind]
+    found = []
+    for element in root.iter():
+        # The names of OME stand in a namespace: {http://...}Channel.
+        _, _, name = element.tag.rpartition("}")
+        if name == kind:
+            found.append(element)
+    return found
 
 
 def read_pixels(request: Request, header: ImageHeader) -> np.ndarray:
@@ -269,6 +283,7 @@ def read_window(request: Request, window: Window) -> np.ndarray | None:
         pages = chosen_pages(tiff, request)
         request = raw_if_stack(request, pages)
         for page in pages:
+            # The window counts from the top left of the turned image.
             is_upright = tag_value(page, ORIENTATION, 1) == 1
             if not is_upright or (are_colours(page) and not is_read_by_segments(page)):
                 return None
@@ -293,8 +308,10 @@ def read_part(tiff: "TiffFile", page: "TiffPage", window: Window, request: Reque
     array = read_samples(tiff, page, window, request)
     if page.samplesperpixel != 4 or not are_colours(page):
         return array
-    # RGB and alpha.
-    stored = "RGBa" if page.extrasamples[0] == PREMULTIPLIED else "RGBA"
+    # RGB and alpha. Pillow divides the colours of "RGBa" by alpha.
+    stored = "RGBA"
+    if page.extrasamples[0] == PREMULTIPLIED:
+        stored = "RGBa"
     size = (window.width, window.height)
     image = Image.frombytes("RGBA", size, array.tobytes(), "raw", stored)
     if request.raw:
@@ -359,7 +376,9 @@ def segments_of(page: "TiffPage", window: Window) -> Iterator[int]:
         raise ValueError(f"strips or tiles of {columns} x {rows} px")
     num_down = math.ceil(page.imagelength / rows)
     num_across = math.ceil(page.imagewidth / columns)
-    num_planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    num_planes = 1
+    if page.planarconfig == 2:  # each band has strips or tiles of its own
+        num_planes = page.samplesperpixel
     for plane in range(num_planes):
         for row in range(window.top // rows, math.ceil((window.top + window.height) / rows)):
             first = (plane * num_down + row) * num_across
@@ -423,8 +442,9 @@ def check_tags(page: "TiffPage", max_image_pixels: int) -> None:
     """
     sizes = (page.imagelength, page.imagewidth, page.imagedepth, page.samplesperpixel)
     chunk_sizes = (page.rowsperstrip, page.tilelength, page.tilewidth, page.tiledepth)
-    if not all(isinstance(size, int) for size in (*sizes, *chunk_sizes)):
-        raise ValueError("wrong tags: several numbers for a size")
+    for size in (*sizes, *chunk_sizes):
+        if not isinstance(size, int):
+            raise ValueError("wrong tags: several numbers for a size")
     if page.dtype is None:
         bits = page.bitspersample
         raise ValueError(f"values of {bits} bits in sample format {int(page.sampleformat)}")

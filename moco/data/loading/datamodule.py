@@ -98,6 +98,7 @@ class PretrainingData(pl.LightningDataModule):
             samples, _ = OpenStream(0, streams.samples(0, 0)).take(num_samples)
             return [(row, sample.image, sample.name) for row, sample in enumerate(samples)]
         if isinstance(images, IterableImages):
+            # The run itself counts and names what is unreadable.
             rows = self.iterable_sampler(images, unreadable=set())
             readable = (row for row in rows if not isinstance(row.image, DamagedImage))
             first = itertools.islice(readable, number)
@@ -140,7 +141,8 @@ class PretrainingData(pl.LightningDataModule):
             return self.augment.on_batch(pixels, 0, indices, key_pixels)
         if self.key_images is not None:
             dataset = PairDataset(train, self.augment, self.key_images)
-            batch = dataset.__getitems__([(0, index) for index in indices.tolist()])
+            places = [(0, index) for index in indices.tolist()]  # of the first epoch
+            batch = dataset.__getitems__(places)
         else:
             batch = PairMaker(self.augment)(images, 0)
         return self.augment.finished(batch.views, 0, indices)
@@ -287,4 +289,5 @@ def check_batch_size(batch_size: int, batches_per_step: int, num_images: int) ->
 
 def check_unreadable(unreadable: Iterable[int], images: Images, max_bad_fraction: float) -> None:
     """Call `check_bad_fraction` for images by index."""
-    check_bad_fraction(list(map(images.name, unreadable)), len(images), max_bad_fraction)
+    names = list(map(images.name, unreadable))
+    check_bad_fraction(names, len(images), max_bad_fraction)

@@ -21,7 +21,7 @@ from moco.data.augment.views import AnyImage, EvaluationView, Transform, as_plan
 from moco.data.files.images import EncodedImage, UnreadableImage
 from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read, unchanged
 from moco.data.sources.own_dataset import IterableImages
-from moco.data.sources.pixel_values import PixelValues
+from moco.data.sources.pixel_values import RGB_BANDS, PixelValues
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
 from moco.data.sources.source import ArrayImages, Images, Labelled
 
@@ -118,7 +118,8 @@ def evaluation_batch(
             unreadable[row] = True
         else:
             images[row] = image.value
-    return EvaluationBatch(images, labels[[image.key for image in read]], unreadable)
+    numbers = [image.key for image in read]
+    return EvaluationBatch(images, labels[numbers], unreadable)
 
 
 def evaluation_loader(
@@ -148,7 +149,9 @@ def evaluation_loader(
             own = slice(rank, None, world_size)
             return MemoryBatches(images, images.tensor[own], labels[own], view, batch_size, device)
     batches = BatchSampler(range(rank, len(images), world_size), batch_size, drop_last=False)
-    bands = 3 if images.values is None else images.values.bands
+    bands = RGB_BANDS
+    if images.values is not None:
+        bands = images.values.bands
     collate = partial(evaluation_batch, labels, bands, image_size)
     return every_image(images, view, collate, batches, num_workers, device)
 
@@ -291,7 +294,9 @@ class KeyReader:
 
     def name(self, key: ImageKey) -> str:
         """Return the name for messages."""
-        return key.name if isinstance(key.source, int) else key.source.name
+        if isinstance(key.source, int):
+            return key.name
+        return key.source.name
 
     def __getitem__(self, key: ImageKey) -> EncodedImage:
         # The calling process has read the shard; here its images are decoded.
@@ -323,7 +328,9 @@ def image_batch(read: list[ReadImage]) -> ImageBatch:
             images.append(image.value)
             names.append(image.key.name)
             labels.append(image.key.label)
-    pixels = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
+    pixels = torch.empty(0, dtype=torch.uint8)
+    if images:
+        pixels = torch.stack(images)
     all_labels = torch.tensor(labels, dtype=torch.int64)
     return ImageBatch(pixels, names, all_labels, problems, read[-1].key.end)
 
@@ -355,12 +362,16 @@ class IndexedSet(ImageSet):
             for image in self.images.tensor:
                 digest.update(image.numpy().tobytes())
         for index in range(len(self)):
-            digest.update(self.images.name(index).encode(errors="surrogatepass") + b"\0")
+            name = self.images.name(index)
+            # Names that are not UTF-8 hold surrogates. The zero keeps a, bc apart from ab, c.
+            digest.update(name.encode(errors="surrogatepass") + b"\0")
         return digest.hexdigest()
 
     def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
         for index in range(place[0], len(self)):
-            yield ImageKey(index, self.images.name(index), int(self.labels[index]), [index + 1])
+            name = self.images.name(index)
+            label = int(self.labels[index])
+            yield ImageKey(index, name, label, [index + 1])
 
 
 class ShardedSet(ImageSet):
@@ -385,7 +396,9 @@ class ShardedSet(ImageSet):
         """See `ImageSet`: a hash of the names of the shards, and of the sizes of local ones."""
         digest = hashlib.blake2b(digest_size=16)
         for shard in self.sharded.shards:
-            size = str(os.path.getsize(shard)) if is_local(shard) else ""
+            size = ""
+            if is_local(shard):
+                size = str(os.path.getsize(shard))
             digest.update(f"{shard}\0{size}\0".encode(errors="surrogatepass"))
         return digest.hexdigest()
 
@@ -400,7 +413,8 @@ class ShardedSet(ImageSet):
                     continue
                 # A key alone can be in several shards.
                 key = sample_key(found.name.removeprefix(f"{shard}/"))
-                yield ImageKey(found, f"{os.path.basename(shard)}/{key}", -1, [number, member])
+                name = f"{os.path.basename(shard)}/{key}"
+                yield ImageKey(found, name, -1, [number, member])
 
 
 class IterableSet(ImageSet):
@@ -449,4 +463,5 @@ def image_set(images: Images, labels: np.ndarray | None = None) -> ImageSet:
         return IterableSet(images)
     if labels is None:
         labels = np.full(len(images), -1)
-    return IndexedSet(Labelled(images, labels), has_labels=bool((labels >= 0).any()))
+    has_labels = bool((labels >= 0).any())
+    return IndexedSet(Labelled(images, labels), has_labels)

@@ -19,6 +19,7 @@ from moco.data.augment.views import View, ViewPair
 from moco.data.files.images import EncodedImage, UnreadableImage
 from moco.data.loading.workers import WatchedLoader, loader_options, note_read, unchanged
 from moco.data.sources.groups import KeyImages
+from moco.data.sources.pixel_values import RGB_BANDS
 from moco.data.sources.source import ArrayImages, Images, Labelled
 from moco.errors import InputError
 
@@ -73,8 +74,9 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     def start(self) -> int:
         """How many images of this process the current epoch skips."""
         epoch, position = self.resume_at
-        # A checkpoint speaks of its own epoch; the ones after it are complete.
-        return position if epoch == self.epoch else 0
+        if epoch != self.epoch:
+            return 0  # a checkpoint speaks of its own epoch; the ones after it are complete
+        return position
 
     def set_epoch(self, epoch: int) -> None:
         """Set the current epoch; Lightning calls this when an epoch starts."""
@@ -155,19 +157,21 @@ def make_pairs(
     # All views of the batch lie in one piece of memory, which goes to the training process.
     views = augment.empty_views(len(indices), epoch)
     unreadable = torch.zeros(len(indices), dtype=torch.bool)
-    group: list[DecodedPair] = []
+    queries: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    num_bytes = 0  # of queries and keys; they are the same arrays if there are no groups
     first = 0
     for row, pair in enumerate(images):
         unreadable[row] = not pair.is_readable
-        group.append(pair)
-        num_bytes = sum(pair.query.nbytes + pair.key.nbytes for pair in group) // 2
+        queries.append(pair.query)
+        keys.append(pair.key)
+        num_bytes += pair.query.nbytes + pair.key.nbytes
         is_last = row == len(indices) - 1
-        if is_last or len(group) == MOST_AT_ONCE or num_bytes >= MOST_BYTES_AT_ONCE:
+        if is_last or len(queries) == MOST_AT_ONCE or num_bytes // 2 >= MOST_BYTES_AT_ONCE:
             rows = slice(first, row + 1)
-            queries = [pair.query for pair in group]
-            keys = [pair.key for pair in group]
             augment.on_images(queries, epoch, indices[rows], views[:, rows], keys)
-            group = []
+            queries, keys = [], []
+            num_bytes = 0
             first = row + 1
     return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
 
@@ -224,7 +228,9 @@ class PairDataset(Dataset[PairBatch]):
             return DecodedPair(pixels, pixels, is_readable)
         candidates_of_key = [key, *self.key_images.others_of_group(index, key)]
         for number in candidates_of_key[:MOST_ATTEMPTS]:
-            key_pixels = pixels if number == index else self._decoded(number)
+            key_pixels: np.ndarray | None = pixels
+            if number != index:
+                key_pixels = self._decoded(number)
             if key_pixels is not None:
                 return DecodedPair(pixels, key_pixels, is_readable)
         return DecodedPair(pixels, pixels, is_readable)
@@ -275,8 +281,10 @@ class Resumable:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a state in its epoch, also with another number of processes."""
-        # Checkpoints of earlier versions say "pictures".
-        num_images = state["images"] if "images" in state else state["pictures"]
+        if "images" in state:
+            num_images = state["images"]
+        else:
+            num_images = state["pictures"]  # a checkpoint of an earlier version
         self.sampler.resume_at = (state["epoch"], num_images // self.sampler.world_size)
 
 
@@ -321,7 +329,9 @@ class MemoryLoader(Resumable):
     ) -> None:
         self.images = images
         self.pixels = images.tensor.to(device)  # (images, height, width, bands)
-        self.key_images = None if key_images is None else key_images.to(device)
+        self.key_images = key_images
+        if key_images is not None:
+            self.key_images = key_images.to(device)
         self.augment = augment
         self.sampler = sampler
         self.num_at_once = batch_size
@@ -470,9 +480,9 @@ class LabelledViews:
         self.labels = torch.from_numpy(labelled.labels)
         self.device = device
         # A pair of one view. It is built first, because its errors name the right key.
-        values = images.values
-        bands = 3 if values is None else values.bands
-        is_float = values is not None and values.is_float
+        bands, is_float = RGB_BANDS, False  # of images that stay as they are in the files
+        if images.values is not None:
+            bands, is_float = images.values.bands, images.values.is_float
         view = View(operations, image_size, where, bands, is_float)
         self.engine = choose_engine("auto", images, image_size, device.type, [view])
         self.views = ViewPair(

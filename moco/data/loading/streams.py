@@ -51,7 +51,8 @@ class Streams:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.images.shards), generator=generator)
         of_process = order[self.rank :: self.world_size]
-        return [self.images.shards[number] for number in of_process[stream :: self.num_streams]]
+        of_stream = of_process[stream :: self.num_streams].tolist()
+        return [self.images.shards[number] for number in of_stream]
 
     def samples(self, epoch: int, stream: int) -> Iterator[Sample | Problem]:
         """Yield the samples of one stream, without end.
@@ -109,7 +110,10 @@ def build_streams(images: ShardedImages, seed: int, rank: int = 0, world_size: i
     # Every stream needs a shard. A divisor of the wanted number keeps the numbers of loader
     # processes possible that divide it.
     wanted = images.num_streams
-    num_streams = max(number for number in divisors(wanted) if number <= shards_per_process)
+    num_streams = 1
+    for divisor in divisors(wanted):
+        if divisor <= shards_per_process:
+            num_streams = divisor  # they come in ascending order
     if num_streams < wanted:
         log.info(
             "%d streams instead of data.streams=%d, for %d shards a process",

@@ -36,7 +36,9 @@ LONGEST_NAME = 512  # bytes
 
 def device_of(data: Any) -> torch.device:
     """Return the device of a data module's batches: its Trainer's, or the CPU without a Trainer."""
-    return data.trainer.strategy.root_device if data.trainer else CPU
+    if not data.trainer:
+        return CPU
+    return data.trainer.strategy.root_device
 
 
 def cores_of(num_processes: int) -> int:
@@ -210,9 +212,12 @@ def lost_worker_named(notes: ReadNotes) -> Iterator[None]:
         yield
     except (EOFError, OSError, RuntimeError) as error:  # a lost process shows as any of them
         workers = notes.read()
-        # The pipe of a process can close shortly before the process is gone, so wait up to a
-        # second.
-        for _ in range(20 if workers else 0):
+        num_looks = 0
+        if workers:
+            # The pipe of a process can close shortly before the process is gone, so wait up to a
+            # second.
+            num_looks = 20
+        for _ in range(num_looks):
             running = {child.pid for child in multiprocessing.active_children()}
             for pid, name in workers:
                 if pid not in running:
@@ -287,4 +292,6 @@ class NotebookSearch(pickle.Pickler):
                 "process: data.num_workers=0"
             )
         is_large = isinstance(value, (Tensor, np.ndarray, bytes))
-        return "left out" if is_large else None
+        if is_large:
+            return "left out"
+        return None

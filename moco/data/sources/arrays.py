@@ -194,6 +194,8 @@ def torchvision_dataset(class_name: str, root: str, **kwargs: Any) -> Any:
     # Its parsers of the other files raise nearly any exception on damaged data.
     except Exception as error:
         reason = str(error) or type(error).__name__
-        advice = "" if kwargs.get("download") else "; data.download=true fetches it"
+        advice = ""
+        if not kwargs.get("download"):
+            advice = "; data.download=true fetches it"
         problem = f"{class_name} is not there or damaged ({reason}){advice}"
         raise InputError(f"data.root={root}: {problem}") from error

@@ -21,6 +21,7 @@ from moco.data.files.encoded_image import (
 from moco.data.files.images import encoded_file
 from moco.data.files.listing import Listing, PathList
 from moco.data.sources.label_files import natural_order
+from moco.data.sources.pixel_values import as_list
 from moco.data.sources.source import Images
 from moco.errors import InputError, printable
 
@@ -58,7 +59,9 @@ class BandFiles:
     def parsed(self, name: str) -> tuple[str, str] | None:
         """Return the image and the band that a file name tells, or None."""
         match = self.pattern.fullmatch(name)
-        return None if match is None else (match["id"], match["band"])
+        if match is None:
+            return None
+        return match["id"], match["band"]
 
     def name(self, image_id: str) -> str:
         """Return the name of an image: its files with ``{band}`` in place of the band."""
@@ -136,8 +139,7 @@ class BandFileImages(Images):
 
     def of_names(self, names: PathList) -> "BandFileImages":
         """Return the images with these names, in their order."""
-        row_of_name = {name: row for row, name in enumerate(self.names())}
-        rows = [row_of_name[name] for name in names]
+        rows = self.names().places(names)
         part = copy.copy(self)  # the paths of the files are shared
         part.name_text, part.name_ends = shared(names)
         part.files = self.files[rows]
@@ -153,9 +155,15 @@ class JoinedBands:
         self.size = images[0].size
         """(height, width) of the first band, px."""
         self.bands = len(images)
-        self.dtype = np.result_type(*(image.dtype for image in images))
-        values = {image.no_data for image in images}
-        self.no_data = values.pop() if len(values) == 1 else None
+        dtypes = []
+        no_data = set()
+        for image in images:
+            dtypes.append(image.dtype)
+            no_data.add(image.no_data)
+        self.dtype = np.result_type(*dtypes)
+        self.no_data: float | None = None
+        if len(no_data) == 1:
+            self.no_data = no_data.pop()
         """The value of pixels without data, if all bands have the same."""
 
     def pixels(self) -> np.ndarray:
@@ -178,9 +186,12 @@ def resampled(band: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if band.shape == size:
         return band
-    precise = np.float32 if band.dtype.name in EXACT_IN_FLOAT32 else np.float64
     height, width = size
-    values: np.ndarray = band.astype(precise)
+    values: np.ndarray
+    if band.dtype.name in EXACT_IN_FLOAT32:
+        values = band.astype(np.float32)
+    else:
+        values = band.astype(np.float64)
     values = cv2.resize(values, (width, height), interpolation=cv2.INTER_LINEAR)
     if np.issubdtype(band.dtype, np.integer):
         values = np.rint(values)
@@ -214,20 +225,24 @@ def band_file_images(
     place_of: dict[str, dict[str, int]] = {}  # the files of each image by band
     counts: Counter[str] = Counter()
     num_others = 0
-    for place, (root, name) in enumerate(roots_and_names(listing.paths, roots)):
+    files_below = roots_and_names(listing.paths, roots)
+    for place, (root, name) in enumerate(files_below):
         parsed = parse.parsed(name)
         if parsed is None:
             num_others += 1
             continue
         image_id, band = parsed
-        place_of.setdefault(os.path.join(root, parse.name(image_id)), {})[band] = place
+        image = os.path.join(root, parse.name(image_id))
+        place_of.setdefault(image, {})[band] = place
         counts[band] += 1
     if not place_of:
-        first = ", ".join(printable(name) for _, name in roots_and_names(listing.paths, roots)[:2])
+        first = ", ".join(printable(name) for _, name in files_below[:2])
         raise InputError(f"data.band_files={template}: fits no file; the first are {first}")
     if num_others:
         log.info("data.band_files: left out %d files that it does not fit", num_others)
-    chosen = sorted(counts, key=natural_order) if bands is None else chosen_bands(bands, counts)
+    chosen = sorted(counts, key=natural_order)
+    if bands is not None:
+        chosen = chosen_bands(bands, counts)
     names = sorted(place_of)
     files = np.full((len(names), len(chosen)), MISSING, np.int64)
     for row, name in enumerate(names):
@@ -275,10 +290,10 @@ def log_bands(images: BandFileImages) -> None:
 
 def roots_and_names(paths: PathList, roots: Sequence[str]) -> list[tuple[str, str]]:
     """Return the folder of each path, and its name relative to that folder."""
-    prefixes = [(root, os.path.join(root, "")) for root in roots]
+    prefixes = {root: os.path.join(root, "") for root in roots}
     names = []
     for path in paths:
-        for root, prefix in prefixes:
+        for root, prefix in prefixes.items():
             if path.startswith(prefix):
                 names.append((root, path[len(prefix) :]))
                 break
@@ -291,7 +306,7 @@ def chosen_bands(bands: Any, counts: Counter[str]) -> list[str]:
     Raises:
         InputError: the setting is no list of names, or no file is of such a band.
     """
-    wanted = bands if isinstance(bands, (list, tuple)) else [bands]
+    wanted = as_list(bands)
     if not wanted:
         raise InputError("data.bands=[]: expected the names of the bands, or null for all")
     there = sorted(counts, key=natural_order)
@@ -300,8 +315,11 @@ def chosen_bands(bands: Any, counts: Counter[str]) -> list[str]:
         if str(band) in counts:
             chosen.append(str(band))
             continue
-        # YAML reads 04 as a number.
-        equal = [name for name in there if name.isdecimal() and str(int(name)) == str(band)]
+        equal = []
+        for name in there:
+            # YAML reads 04 as a number.
+            if name.isdecimal() and str(int(name)) == str(band):
+                equal.append(name)
         if len(equal) != 1:
             listed = printable(", ".join(there))
             raise InputError(f"data.bands={bands}: no file is of band {band}; there are {listed}")

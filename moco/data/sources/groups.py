@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moco.data.augment.draws import uniforms
-from moco.data.sources.folders import TRAINING_FOLDERS
+from moco.data.sources.folders import TRAINING_FOLDERS, list_of_paths
 from moco.data.sources.label_files import (
     NO_IMAGE,
     SEVERAL_IMAGES,
@@ -69,7 +69,7 @@ def group_numbers(names: Sequence[str], group: Any) -> np.ndarray:
     for index, key in enumerate(keys):
         numbers[index] = number_of_key.setdefault(key, len(number_of_key) - 1)
     if (numbers == UNKNOWN).all():
-        first = ", ".join(printable(name) for name in names[:2])
+        first = ", ".join(map(printable, names[:2]))
         raise InputError(
             f"data.group={group}: says the group of none of the {len(names)} images; "
             f"the first are {first}"
@@ -92,10 +92,13 @@ def groups_by_expression(names: Sequence[str], expression: str) -> list[str | No
             f"data.group={expression}: has no (?P<group>...); "
             "'(?P<group>[^/]+)/.*' takes the first folder"
         )
-    keys = []
+    keys: list[str | None] = []
     for name in names:
         match = pattern.search(name)
-        keys.append(match[NAMED_GROUP] if match else None)
+        if match is None:
+            keys.append(None)
+        else:
+            keys.append(match[NAMED_GROUP])
     return keys
 
 
@@ -110,8 +113,10 @@ def groups_by_level(names: Sequence[str], level: int) -> list[str | None]:
     keys: list[str | None] = []
     for name in names:
         *folders, _ = name.split("/")
-        key = "/".join(folders[:level]) if len(folders) >= level else None
-        keys.append(key)
+        if len(folders) < level:
+            keys.append(None)
+        else:
+            keys.append("/".join(folders[:level]))
     return keys
 
 
@@ -125,16 +130,16 @@ def groups_by_table(names: Sequence[str], path: str) -> list[str | None]:
     if not os.path.isfile(path):
         raise InputError(f"{where}: no such file")
     # The tiles and the pages of a file have its group.
-    files = [PART_OF_FILE.sub("", name) for name in names]
-    places = {file: place for place, file in enumerate(dict.fromkeys(files))}
-    finder = ImageFinder(list(places))
+    file_of_image = [PART_OF_FILE.sub("", name) for name in names]
+    files = list(dict.fromkeys(file_of_image))
+    finder = ImageFinder(files)
     table = read_table(path, finder)
     titles = [title.lower() for title in table.header or ()]
     if not set(COLUMNS) <= set(titles):
         there = printable(", ".join(titles)) or "no names of columns"
         raise InputError(f"{where}: expected the columns name and group, found {there}")
-    name_column, group_column = (titles.index(title) for title in COLUMNS)
-    groups: dict[int, str] = {}
+    name_column, group_column = map(titles.index, COLUMNS)
+    group_of_file: dict[str, str] = {}
     unknown = []
     for row in table.rows:
         name, group = row[name_column], row[group_column]
@@ -143,10 +148,12 @@ def groups_by_table(names: Sequence[str], path: str) -> list[str | None]:
             raise InputError(f"{where}: {printable(name)} stands for several images")
         if place == NO_IMAGE:
             unknown.append(name)
-        elif groups.setdefault(place, group) != group:
+            continue
+        known = group_of_file.setdefault(files[place], group)
+        if known != group:
             raise InputError(
                 f"{where}: {printable(name)} is in two groups, "
-                f"{printable(groups[place])} and {printable(group)}"
+                f"{printable(known)} and {printable(group)}"
             )
     if unknown:
         log.warning(
@@ -157,7 +164,7 @@ def groups_by_table(names: Sequence[str], path: str) -> list[str | None]:
             first_few(unknown),
         )
     # An empty cell is no group.
-    return [groups.get(places[file]) or None for file in files]
+    return [group_of_file.get(file) or None for file in file_of_image]
 
 
 def relative_names(images: Images, roots: Sequence[str]) -> list[str]:
@@ -173,11 +180,8 @@ def relative_names(images: Images, roots: Sequence[str]) -> list[str]:
     prefixes = []
     for root in roots:
         prefixes += [os.path.join(root, ""), os.path.join(Path(root), "")]
-    names = [images.name(index) for index in range(len(images))]
-    relative = []
-    for name in names:
-        found = [prefix for prefix in prefixes if name.startswith(prefix)]
-        relative.append(name[len(found[0]) :] if found else name)
+    names = list(map(images.name, range(len(images))))
+    relative = [without_prefix(name, prefixes) for name in names]
     if relative == names:
         prefix = os.path.commonprefix(names)  # noqa: RUF071, cut at its last slash
         folder, slash, _ = prefix.rpartition("/")
@@ -189,6 +193,14 @@ def relative_names(images: Images, roots: Sequence[str]) -> list[str]:
     if is_split and all(name.startswith(folder) for name in relative):
         relative = [name[len(folder) :] for name in relative]
     return relative
+
+
+def without_prefix(name: str, prefixes: Sequence[str]) -> str:
+    """Return a name without the first of the prefixes that it begins with, if it does."""
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name
 
 
 def with_groups(source: DataSource, root: Any, group: Any) -> DataSource:
@@ -206,8 +218,7 @@ def with_groups(source: DataSource, root: Any, group: Any) -> DataSource:
             "data.group: tar shards and iterable datasets have no images by number; expected "
             "folders, a packed copy or another dataset that has"
         )
-    roots = root if isinstance(root, list) else [root]
-    folders = [path for path in roots if isinstance(path, str)]
+    folders = list_of_paths(root) or []
     groups = group_numbers(relative_names(source.train, folders), group)
     log_groups(groups)
     return replace(source, groups=groups)

@@ -12,7 +12,7 @@ import numpy as np
 
 from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.source import DataSource, Images, Labelled, warn_of_missing_classes
-from moco.errors import InputError, printable
+from moco.errors import InputError, printable, said
 from moco.extras import install_command
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ class TableImages(Images):
         """See `Images`; a row with a path in place of an image is unreadable too."""
         name = self.name(index)
         row = self.table[index][self.column][0].as_py()
-        content = row.get("bytes") if row else None
+        content = None
+        if row:
+            content = row.get("bytes")
         if content is None:
             raise UnreadableImage(f"{printable(name)}: no image in the table")
         return encoded(content, name, self.max_image_pixels, raw=self.reading.raw)
@@ -71,7 +73,9 @@ class Split:
         self.dataset = dataset
         if len(dataset) == 0:
             raise InputError(f"data.root={self.where}: no rows in there")
-        columns = [f"{name}: {type(kind).__name__}" for name, kind in dataset.features.items()]
+        columns = []
+        for column, kind in dataset.features.items():
+            columns.append(f"{column}: {type(kind).__name__}")
         self.columns = printable(", ".join(columns))
         found = self._choose_column(image_column, "data.image_column", Image)
         if found is None:
@@ -81,17 +85,23 @@ class Split:
         self.image_column = found
         self.label_column = self._choose_column(label_column, "data.label_column", ClassLabel)
         names = getattr(dataset.features.get(self.label_column), "names", None)
-        self.class_names = None if names is None else tuple(names)
+        if names is not None:
+            names = tuple(names)
+        self.class_names: tuple[str, ...] | None = names
         """In the order of their numbers; None for plain numbers."""
 
     def _choose_column(self, given: str | None, key: str, column_type: type) -> str | None:
         """Return the given column, or the only one of a type; None if there is none."""
         features = self.dataset.features
-        columns = [name for name, kind in features.items() if isinstance(kind, column_type)]
+        columns = []
+        for name, kind in features.items():
+            if isinstance(kind, column_type):
+                columns.append(name)
         if given is None and len(columns) <= 1:
             return next(iter(columns), None)
         # A label can also be a plain number.
-        is_number = "int" in str(getattr(features.get(given), "dtype", ""))
+        dtype = getattr(features.get(given), "dtype", "")
+        is_number = "int" in str(dtype)
         if given not in columns and not (key == "data.label_column" and is_number):
             raise InputError(
                 f"{key}={given}: expected one column of type {column_type.__name__} "
@@ -105,7 +115,8 @@ class Split:
 
         # Undecoded, so that an image is read in the loader process as files are.
         column = self.image_column
-        table = self.dataset.select_columns([column]).cast_column(column, Image(decode=False))
+        table = self.dataset.select_columns([column])
+        table = table.cast_column(column, Image(decode=False))
         return TableImages(table.with_format("arrow"), column, self.name, max_image_pixels)
 
     def labels(self) -> np.ndarray | None:
@@ -193,8 +204,9 @@ def load_splits(root: str) -> dict[str, Any]:
     try:
         found = datasets.load_from_disk(root)
     except Exception as error:  # its parsers and Arrow's raise nearly anything on damaged folders
-        reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise InputError(
-            f"data.root={root}: not a folder of datasets' save_to_disk ({reason})"
+            f"data.root={root}: not a folder of datasets' save_to_disk ({said(error)})"
         ) from error
-    return found if isinstance(found, dict) else {"train": found}
+    if isinstance(found, dict):
+        return found
+    return {"train": found}

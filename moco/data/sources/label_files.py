@@ -97,8 +97,9 @@ def read_labels(path: str, root: str, names: Sequence[str]) -> Labels:
     of_rows = numbered_classes(table, class_columns)
     labels = np.full(len(names), NO_CLASS, dtype=np.int64)
     twice = []
-    of_images = zip(names_there, places[has_image].tolist(), of_rows.numbers.tolist(), strict=True)
-    for name, place, number in of_images:
+    places_there = places[has_image].tolist()
+    numbers = of_rows.numbers.tolist()
+    for name, place, number in zip(names_there, places_there, numbers, strict=True):
         if number == NO_CLASS:
             continue
         if labels[place] not in (NO_CLASS, number):
@@ -193,17 +194,20 @@ def read_table(path: str, finder: ImageFinder) -> Table:
     file.seek(0)
     separator = max(SEPARATORS, key=first.count)
     rows = []
+    line_numbers = []
     try:
-        for row in csv.reader(file, delimiter=separator, strict=True):
-            rows.append([cell.strip() for cell in row])
+        lines = csv.reader(file, delimiter=separator, strict=True)
+        for number, line in enumerate(lines, start=1):
+            row = [cell.strip() for cell in line]
+            if any(row):
+                rows.append(row)
+                line_numbers.append(number)
     except csv.Error as error:
         raise InputError(f"{path}: no table of text ({printable(str(error))})") from error
-    numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(row)]
-    if not numbered:
+    if not rows:
         raise InputError(f"{path}: empty; {EXPECTED}")
-    rows = [row for _, row in numbered]
     width = len(rows[0])
-    for number, row in numbered:
+    for number, row in zip(line_numbers, rows, strict=True):
         if len(row) != width:
             raise InputError(
                 f"{path}: line {number} has {len(row)} cells, and the first line has {width}"
@@ -232,11 +236,16 @@ def choose_columns(table: Table, finder: ImageFinder) -> tuple[int, list[int]]:
         are_names = [names_an_image(cell, finder) for cell in table.rows[0]]
         name_column = are_names.index(True)
     else:
-        lowered = [name.lower() for name in table.header]
-        name_column = next((lowered.index(name) for name in NAME_COLUMNS if name in lowered), 0)
-        found = [lowered.index(name) for name in CLASS_COLUMNS if name in lowered]
-        class_column = next((column for column in found if column != name_column), None)
-    others = [column for column in range(len(table.rows[0])) if column != name_column]
+        named = columns_named(NAME_COLUMNS, table.header)
+        if named:
+            name_column = named[0]
+        # Without such a name the names are in the first column, even if it is called label.
+        for column in columns_named(CLASS_COLUMNS, table.header):
+            if column != name_column:
+                class_column = column
+                break
+    others = list(range(len(table.rows[0])))
+    others.remove(name_column)
     if not others:
         raise InputError(f"{table.path}: one column; {EXPECTED}")
     if class_column is not None:
@@ -251,6 +260,12 @@ def choose_columns(table: Table, finder: ImageFinder) -> tuple[int, list[int]]:
     return name_column, others
 
 
+def columns_named(names: Iterable[str], header: Iterable[str]) -> list[int]:
+    """Return the columns that have these names, in any case, in the order of `names`."""
+    lowered = [name.lower() for name in header]
+    return [lowered.index(name) for name in names if name in lowered]
+
+
 def is_zero_or_one(row: Sequence[str], columns: Iterable[int]) -> bool:
     """Return whether all these cells of a row are 0 or 1."""
     return all(row[column] in ("0", "1", "0.0", "1.0") for column in columns)
@@ -262,13 +277,13 @@ def check_places(table: Table, root: str, names: Sequence[str], places: np.ndarr
     Raises:
         InputError: no name has an image, or a name has several.
     """
-    several = [names[row] for row in np.flatnonzero(places == SEVERAL_IMAGES).tolist()]
+    several = list(compress(names, places == SEVERAL_IMAGES))
     if several:
         raise InputError(
             f"{table.path}: {len(several):,} names stand for several images each: "
             f"{first_few(several)}; give their paths below {printable(root)}"
         )
-    unknown = [names[row] for row in np.flatnonzero(places == NO_IMAGE).tolist()]
+    unknown = list(compress(names, places == NO_IMAGE))
     if len(unknown) == len(names):
         raise InputError(
             f"{table.path}: none of its {len(names):,} names is an image below {printable(root)}: "
@@ -298,19 +313,21 @@ def numbered_classes(table: Table, columns: Sequence[int]) -> Labels:
         return one_or_several(table, columns)
     (column,) = columns
     values = [row[column] for row in table.rows]
-    given = {value for value in values if value}
-    if given and all(WHOLE_NUMBER.fullmatch(value) for value in given):
-        numbers = [max(int(value or NO_CLASS), NO_CLASS) for value in values]
-        return Labels(np.array(numbers, dtype=np.int64), None)
-    if any(DECIMAL_NUMBER.fullmatch(value) for value in given):
-        number = next(value for value in values if DECIMAL_NUMBER.fullmatch(value))
-        raise InputError(
-            f"{table.path}: a class is {number}; expected names of classes or whole numbers"
-        )
+    given = set(values) - {""}
+    if given and all(map(WHOLE_NUMBER.fullmatch, given)):
+        numbers = np.array([int(value or NO_CLASS) for value in values], dtype=np.int64)
+        return Labels(numbers.clip(min=NO_CLASS), None)
+    for value in values:
+        if DECIMAL_NUMBER.fullmatch(value):
+            raise InputError(
+                f"{table.path}: a class is {value}; expected names of classes or whole numbers"
+            )
     class_names = tuple(sorted(given, key=natural_order))
-    number_of_class = {name: number for number, name in enumerate(class_names)}
-    numbers = [number_of_class.get(value, NO_CLASS) for value in values]
-    return Labels(np.array(numbers, dtype=np.int64), class_names)
+    number_of_class = {"": NO_CLASS}
+    for number, name in enumerate(class_names):
+        number_of_class[name] = number
+    numbers = np.array([number_of_class[value] for value in values], dtype=np.int64)
+    return Labels(numbers, class_names)
 
 
 def one_or_several(table: Table, columns: Sequence[int]) -> Labels:
@@ -319,7 +336,10 @@ def one_or_several(table: Table, columns: Sequence[int]) -> Labels:
     If no row has several classes, a row without any has no label. Otherwise it has the label that
     stands for no class, since an X-ray without findings is labelled, too.
     """
-    is_class = np.array([[float(row[column]) == 1 for column in columns] for row in table.rows])
+    cells = []
+    for row in table.rows:
+        cells.append([float(row[column]) for column in columns])
+    is_class = np.array(cells) == 1  # (rows, columns)
     class_names = None
     if table.header is not None:
         class_names = tuple(table.header[column] for column in columns)

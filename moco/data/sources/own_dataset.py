@@ -25,7 +25,7 @@ from moco.data.files.encoded_image import (
 from moco.data.files.pillow_images import RAW_MODES, to_rgb
 from moco.data.sources.folders import is_held_out
 from moco.data.sources.source import DataSource, Images, Labelled
-from moco.errors import InputError, printable, unknown_name
+from moco.errors import InputError, printable, said, unknown_name
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +251,7 @@ def pixels_of(item: Any, max_image_pixels: int, *, raw: bool = False) -> np.ndar
         raise ValueError(described(image))
     if array.dtype == np.uint8 and array.shape[2] == 1 and not raw:
         array = np.repeat(array, 3, axis=2)
+    # PyTorch takes no other byte order, and warns of memory that it must not write to.
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return np.require(array, requirements=["C", "W"])
 
@@ -290,14 +291,10 @@ def described(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{kind} with the keys {printable(', '.join(map(str, value)))}"
     if isinstance(value, (tuple, list)):
-        first = described(value[0]) if value else "empty"
-        return f"{kind} of {first}"
+        if not value:
+            return f"{kind} of empty"
+        return f"{kind} of {described(value[0])}"
     return kind
-
-
-def said(error: Exception) -> str:
-    """Return the message of an error on one line, or its kind if it has none."""
-    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def named(error: Exception) -> str:
@@ -368,14 +365,18 @@ def dataset_source(
             # The same images: they have the same names.
             images[key] = images[twin[0]]
             continue
-        place = "" if is_alone else f"[{key}]"
-        names = (f"{what}{place}", f"{where}{place}", max_image_pixels)
+        own_what, own_where = what, where
+        if not is_alone:
+            own_what, own_where = f"{what}[{key}]", f"{where}[{key}]"
         if is_map_style(dataset):
-            images[key] = DatasetImages(dataset, *names, rows_of(dataset, names[1]))
+            rows = rows_of(dataset, own_where)
+            images[key] = DatasetImages(dataset, own_what, own_where, max_image_pixels, rows)
         elif key == "train":
-            images[key] = iterable_images(dataset, *names, num_images)
+            images[key] = iterable_images(
+                dataset, own_what, own_where, max_image_pixels, num_images
+            )
         else:
-            raise InputError(f"{names[1]}: got {described(dataset)}; {NO_NUMBERS}")
+            raise InputError(f"{own_where}: got {described(dataset)}; {NO_NUMBERS}")
 
     training = images["train"]
     # Read now, so that another dataset is refused before anything is computed.
@@ -385,7 +386,9 @@ def dataset_source(
     if isinstance(training, DatasetImages):
         labels = known_labels(training)
     if is_alone:
-        return source if labels is None else divided(source, training, labels, held_out)
+        if labels is None:
+            return source
+        return divided(source, training, labels, held_out)
     if "queries" in images:
         source = replace(source, queries=labelled(images["queries"]))
     if "bank" in images:
@@ -524,8 +527,11 @@ def class_names_of(dataset: Any) -> tuple[str, ...] | None:
         The name of each class by its number, or None.
     """
     names = getattr(dataset, "classes", None)
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)):
         return None
+    for name in names:
+        if not isinstance(name, str):
+            return None
     return tuple(names)
 
 
@@ -553,11 +559,13 @@ def divided(
     """Return a source with some of the labelled training images as queries, the rest as bank."""
     names = []
     for index in range(len(images)):
-        name = images.name(index) if has_names(images.dataset) else str(index)
+        name = str(index)
+        if has_names(images.dataset):
+            name = images.name(index)
         names.append(name.encode(errors="surrogatepass"))
     is_query = is_held_out(names, held_out)
     class_names = class_names_of(images.dataset)
-    # A monitor needs images on both sides.
+    # A monitor needs images on both sides. The hash of few names may put all on one.
     if is_query.all() or not is_query.any():
         return replace(source, bank=Labelled(images, labels, class_names))
     sides = []

@@ -100,7 +100,8 @@ class PackedImages(Images):
             raw = self.reading.raw
             return encoded(bytes(content), name, self.max_image_pixels, raw=raw)
         shape = [self.entry(index, column) for column in ("heights", "widths", "bands")]
-        dtype = np.dtype(TYPES[self.entry(index, "types")]).newbyteorder("<")
+        type_name = TYPES[self.entry(index, "types")]
+        dtype = np.dtype(type_name).newbyteorder("<")
         pixels = np.frombuffer(content, dtype=dtype).reshape(shape)
         return DecodedImage(pixels, self.no_data, self.band_names)
 
@@ -112,13 +113,17 @@ class PackedImages(Images):
         """Return an image's bytes: its pixels, or its encoded file."""
         start = self.entry(index, "offsets")
         end = start + self.entry(index, "lengths")
-        return memoryview(self.map_file(self.entry(index, "parts")))[start:end]
+        mapped = self.map_file(self.entry(index, "parts"))
+        # A slice of the map itself would be a copy of the bytes.
+        return memoryview(mapped)[start:end]
 
     def name(self, index: int) -> str:
         """Return the image's name in the source."""
         start = start_of(self.table["name_ends"], int(self.rows[index]))
         end = self.entry(index, "name_ends")
-        return os.fsdecode(self.table["names"][start:end].numpy().tobytes())
+        name = self.table["names"][start:end].numpy().tobytes()
+        # Names of files need not be UTF-8.
+        return os.fsdecode(name)
 
     def subset(self, numbers: np.ndarray) -> "PackedImages":
         """Return the images at these places, (chosen,) int64."""
@@ -150,9 +155,11 @@ def packed_source(root: str, max_image_pixels: int) -> DataSource:
     train = copy.subset(np.arange(index["num_images"]))
     # Copies of earlier versions name no classes.
     class_names = index.get("class_names")
-    names = None if class_names is None else tuple(class_names)
+    if class_names is not None:
+        class_names = tuple(class_names)
     sets = label_sets_of(index)
-    bank, queries = [read_side(side, copy, train, table, names, sets) for side in SIDES]
+    bank = read_side("bank", copy, train, table, class_names, sets)
+    queries = read_side("queries", copy, train, table, class_names, sets)
     return DataSource(train, bank, queries, image_size=index["image_size"])
 
 
@@ -204,7 +211,8 @@ def read_copy(
         file_path = Path(root, file)
         if not file_path.is_file() or file_path.stat().st_size != size:
             raise InputError(f"{file_path}: missing, or not of {size:,} bytes; pack it anew")
-    size_of_file = np.repeat(list(sizes.values()), list(counts.values()))  # of each image
+    num_images = list(counts.values())  # of each file
+    size_of_file = np.repeat(list(sizes.values()), num_images)  # of each image
     goes_with_index = index["num_images"] <= len(size_of_file) == len(table["rows"])
     if goes_with_index:
         # A difference, because the sum of a damaged offset and a length could overflow.
@@ -212,10 +220,14 @@ def read_copy(
         goes_with_index = bool((is_inside & (table["offsets"] >= 0)).all())
     if not goes_with_index:
         raise InputError(f"{path}: does not go with {INDEX}; pack it anew")
-    table["parts"] = np.repeat(np.arange(len(counts)), list(counts.values()))
-    tensors = {name: torch.from_numpy(table[name]) for name in (*ARRAYS, "parts")}
+    table["parts"] = np.repeat(np.arange(len(counts)), num_images)
+    tensors = {}
+    for name in (*ARRAYS, "parts"):
+        tensors[name] = torch.from_numpy(table[name])
     rows = torch.arange(len(table["rows"]))
-    names = index.get("band_names")
+    band_names = index.get("band_names")
+    if band_names is not None:
+        band_names = tuple(map(str, band_names))
     copy = PackedImages(
         root,
         list(sizes),
@@ -223,7 +235,7 @@ def read_copy(
         rows,
         max_image_pixels,
         index.get("no_data"),
-        None if names is None else tuple(map(str, names)),
+        band_names,
     )
     return copy, table
 

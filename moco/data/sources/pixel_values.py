@@ -5,7 +5,6 @@ is as it was in the file; or float32 (height, width, bands) from 0 to 1, for all
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,7 +116,9 @@ class PixelValues:
         assert self.low is not None
         assert self.high is not None
         # Float32 holds all values of 16 bits exactly, but not those of 32.
-        precise = torch.float32 if pixels.dtype.itemsize <= 2 else torch.float64
+        precise = torch.float64
+        if pixels.dtype.itemsize <= 2:
+            precise = torch.float32
         low = torch.tensor(self.low, dtype=precise, device=pixels.device)
         high = torch.tensor(self.high, dtype=precise, device=pixels.device)
         missing = missing_values(pixels, no_data)
@@ -141,8 +142,12 @@ class PixelValues:
             return pixels
         chosen = self.display
         if chosen is None:
-            chosen = (1, 2, 3) if pixels.shape[2] >= RGB_BANDS else (1,)
-        planes = [stretched(pixels[:, :, band - 1]) for band in chosen]
+            chosen = (1,)
+            if pixels.shape[2] >= RGB_BANDS:
+                chosen = (1, 2, 3)
+        planes = []
+        for band in chosen:
+            planes.append(stretched(pixels[:, :, band - 1]))
         return np.stack(planes * (RGB_BANDS // len(planes)), axis=2)
 
     def in_words(self) -> str:
@@ -152,22 +157,27 @@ class PixelValues:
             words += f" ({', '.join(map(str, self.selection))})"
         if self.low is None or self.high is None:
             return words
-        pairs = sorted(set(zip(self.low, self.high, strict=True)))
-        low, high = pairs[0]
-        ranges = f"{low:g} to {high:g}" if len(pairs) == 1 else "each band's range"
-        return f"{words}; {ranges} becomes 0 to 1"
+        pairs = set(zip(self.low, self.high, strict=True))
+        if len(pairs) > 1:
+            return f"{words}; each band's range becomes 0 to 1"
+        return f"{words}; {self.low[0]:g} to {self.high[0]:g} becomes 0 to 1"
 
     def described(self) -> dict[str, Any]:
         """Return what the values depend on, as plain data for the key of a cache."""
-        return {
+        settings: dict[str, Any] = {
             "bands": self.bands,
             "dtype": str(self.dtype),
-            "selection": None if self.selection is None else list(self.selection),
-            "low": None if self.low is None else list(self.low),
-            "high": None if self.high is None else list(self.high),
+            "selection": self.selection,
+            "low": self.low,
+            "high": self.high,
             "no_data": self.no_data,
-            "fill": None if self.fill is None else list(self.fill),
+            "fill": self.fill,
         }
+        for name, value in settings.items():
+            # JSON has no tuples, and what is read from it is compared with this.
+            if isinstance(value, tuple):
+                settings[name] = list(value)
+        return settings
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:
@@ -184,7 +194,9 @@ def missing_values(pixels: Tensor, no_data: float | None) -> Tensor | None:
     if no_data is not None and not np.isnan(no_data):
         # Compared in double precision, since the value may not fit the type.
         equal = pixels.double() == no_data
-        missing = equal if missing is None else missing | equal
+        if missing is None:
+            return equal
+        missing |= equal
     return missing
 
 
@@ -213,7 +225,9 @@ class PreparedImage:
     @property
     def dtype(self) -> np.dtype[Any]:
         """uint8 or float32."""
-        return np.dtype(np.float32 if self.values.is_float else np.uint8)
+        if self.values.is_float:
+            return np.dtype(np.float32)
+        return np.dtype(np.uint8)
 
     def pixels(self) -> np.ndarray:
         """Return uint8 (height, width, 3) RGB, or float32 (height, width, bands) from 0 to 1.
@@ -245,7 +259,9 @@ def band_indices(
         elif names is not None and chosen in names:
             indices.append(list(names).index(chosen))
         else:
-            there = f"its bands are {', '.join(names)}" if names else "its bands have no names"
+            there = "its bands have no names"
+            if names:
+                there = f"its bands are {', '.join(names)}"
             raise ValueError(f"has no band '{chosen}'; {there}")
     return indices
 
@@ -261,7 +277,9 @@ def stretched(plane: np.ndarray) -> np.ndarray:
 
 def described(dtype: np.dtype[Any], bands: int) -> str:
     """Return type and number of bands in words."""
-    return f"{bands} band{'s' if bands > 1 else ''} of {dtype}"
+    if bands == 1:
+        return f"1 band of {dtype}"
+    return f"{bands} bands of {dtype}"
 
 
 class Sampled(NamedTuple):
@@ -270,6 +288,18 @@ class Sampled(NamedTuple):
     pixels: np.ndarray
     """(height, width, bands) of the file's type, with the chosen bands."""
     no_data: float | None
+    """The value of pixels without data, as the file says."""
+
+    def values_and_missing(self, nodata: float | None) -> tuple[Tensor, Tensor | None]:
+        """Return the values as float64, and which of them are no data; None if there cannot be any.
+
+        Args:
+            nodata: the setting, which counts more than what the file says.
+        """
+        if nodata is None:
+            nodata = self.no_data
+        pixels = as_tensor(self.pixels)
+        return pixels.double(), missing_values(pixels, nodata)
 
 
 def settle_values(
@@ -303,11 +333,12 @@ def settle_values(
     images = list(sample)
     if not images:
         return PixelValues(RGB_BANDS, np.dtype(np.uint8), selection)
-    kinds = Counter((image.dtype, image.bands) for _, image in images)
-    kind = kinds.most_common(1)[0][0]
-    dtype, file_bands = kind
-    alike = [pair for pair in images if (pair[1].dtype, pair[1].bands) == kind]
-    num_bands = file_bands
+    of_kind: dict[tuple[np.dtype[Any], int], list[tuple[str, EncodedImage]]] = {}
+    for name, image in images:
+        kind = (image.dtype, image.bands)
+        of_kind.setdefault(kind, []).append((name, image))
+    # Of two kinds that are equally frequent, the first one counts.
+    (dtype, num_bands), alike = max(of_kind.items(), key=lambda item: len(item[1]))
     if selection is not None:
         num_bands = len(selection)
         check_selection(selection, *alike[0])
@@ -324,7 +355,9 @@ def settle_values(
     low, high = checked_range(value_range, num_bands)
     if mean is not None and len(mean) == 1:
         mean = [*mean] * num_bands
-    fill = tuple(mean) if mean is not None and len(mean) == num_bands else None
+    fill = None
+    if mean is not None and len(mean) == num_bands:
+        fill = tuple(mean)
     values = PixelValues(num_bands, dtype, selection, low, high, nodata, fill, shown)
     warn_of_values(decoded, values)
     return values
@@ -338,9 +371,8 @@ def checked_selection(bands: Any) -> tuple[int | str, ...] | None:
     """
     if bands is None:
         return None
-    chosen = [bands] if isinstance(bands, (int, str)) else bands
-    is_list = isinstance(chosen, (list, tuple)) and len(chosen) > 0
-    if not is_list or not all(is_band(band) for band in chosen):
+    chosen = as_list(bands)
+    if not chosen or not all(map(is_band, chosen)):
         raise InputError(
             f"data.bands={bands}: expected numbers from 1, or names, such as [4, 3, 2, 8]"
         )
@@ -355,14 +387,23 @@ def checked_display(display: Any, bands: int) -> tuple[int, ...] | None:
     """
     if display is None:
         return None
-    chosen = [display] if isinstance(display, int) else display
-    is_list = isinstance(chosen, (list, tuple)) and len(chosen) in (1, RGB_BANDS)
-    if not is_list or not all(isinstance(band, int) and 1 <= band <= bands for band in chosen):
+    chosen = as_list(display)
+    is_valid = len(chosen) in (1, RGB_BANDS)
+    for band in chosen:
+        is_valid = is_valid and isinstance(band, int) and 1 <= band <= bands
+    if not is_valid:
         raise InputError(
             f"preview.bands={display}: expected one or three numbers from 1 to {bands}, the bands "
             "that the model gets"
         )
     return tuple(chosen)
+
+
+def as_list(setting: Any) -> list[Any]:
+    """Return a setting that is one value or a list of them as a list."""
+    if isinstance(setting, (list, tuple)):
+        return list(setting)
+    return [setting]
 
 
 def is_band(band: Any) -> bool:
@@ -390,7 +431,7 @@ def checked_range(value_range: Any, bands: int) -> tuple[tuple[float, ...], tupl
     pairs = value_range
     if is_pair(value_range):
         pairs = [value_range] * bands
-    is_list = isinstance(pairs, (list, tuple)) and all(is_pair(pair) for pair in pairs)
+    is_list = isinstance(pairs, (list, tuple)) and all(map(is_pair, pairs))
     if not is_list or not all(low < high for low, high in pairs):
         raise InputError(
             f"data.value_range={value_range}: expected [low, high] with low below high, or such a "
@@ -398,14 +439,18 @@ def checked_range(value_range: Any, bands: int) -> tuple[tuple[float, ...], tupl
         )
     if len(pairs) != bands:
         raise InputError(f"data.value_range: {len(pairs)} pairs, and the images have {bands} bands")
-    return tuple(float(low) for low, _ in pairs), tuple(float(high) for _, high in pairs)
+    lows, highs = zip(*pairs, strict=True)
+    return tuple(map(float, lows)), tuple(map(float, highs))
 
 
 def is_pair(value: Any) -> bool:
     """Return whether this is a list of two finite numbers."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return False
-    return all(isinstance(number, (int, float)) and np.isfinite(number) for number in value)
+    for number in value:
+        if not isinstance(number, (int, float)) or not np.isfinite(number):
+            return False
+    return True
 
 
 def decoded_sample(
@@ -427,10 +472,7 @@ def decoded_sample(
 
 def valid_values(sampled: Sampled, nodata: float | None) -> np.ndarray:
     """Return the values of an image that are data, (values,) float64."""
-    no_data = sampled.no_data if nodata is None else nodata
-    pixels = as_tensor(sampled.pixels)
-    missing = missing_values(pixels, no_data)
-    values = pixels.double()
+    values, missing = sampled.values_and_missing(nodata)
     if missing is not None:
         values = values[~missing]
     return values.flatten().numpy()
@@ -444,18 +486,26 @@ def missing_range(
     Args:
         known: type and number of bands in words.
     """
-    parts = [valid_values(sampled, nodata) for sampled in decoded]
-    values = np.concatenate(parts) if parts else np.empty(0)
+    parts = [np.empty(0)]
+    for sampled in decoded:
+        parts.append(valid_values(sampled, nodata))
+    values = np.concatenate(parts)
     seen = "no value in them is data"
     if len(values):
         top = np.percentile(values, 99.9)
         seen = f"from {values.min():g} to {values.max():g}, 99.9 % of them up to {top:g}"
-    number = f"{len(decoded)} images" if len(decoded) > 1 else "one image"
     return (
-        f"data.value_range: missing; the images have {known} ({number}: {seen}). "
+        f"data.value_range: missing; the images have {known} ({images_in_words(decoded)}: {seen}). "
         f"Give the values that become 0 and 1, data.value_range=[low,high]; "
         f"python -m moco.stats {command} measures them"
     )
+
+
+def images_in_words(decoded: Sequence[Sampled]) -> str:
+    """Return how many images these are, for a message."""
+    if len(decoded) > 1:
+        return f"{len(decoded)} images"
+    return "one image"
 
 
 def warn_of_values(decoded: Sequence[Sampled], values: PixelValues) -> None:
@@ -465,21 +515,21 @@ def warn_of_values(decoded: Sequence[Sampled], values: PixelValues) -> None:
     num_all = num_missing = num_below = num_above = 0
     highest = 0.0
     for sampled in decoded:
-        no_data = sampled.no_data if values.no_data is None else values.no_data
-        pixels = as_tensor(sampled.pixels)
-        missing = missing_values(pixels, no_data)
-        low, high = torch.tensor(values.low).double(), torch.tensor(values.high).double()
-        places = (pixels.double() - low) / (high - low)
+        measured, missing = sampled.values_and_missing(values.no_data)
+        low = torch.tensor(values.low).double()  # (bands,)
+        high = torch.tensor(values.high).double()
+        places = (measured - low) / (high - low)
         num_all += places.numel()
         if missing is not None:
             num_missing += int(missing.sum())
             places = places[~missing]
         num_below += int((places < 0).sum())
         num_above += int((places > 1).sum())
-        highest = max(highest, float(places.max()) if places.numel() else 0.0)
+        if places.numel() > 0:
+            highest = max(highest, float(places.max()))
     if num_all == 0:
         return
-    number = f"{len(decoded)} images" if len(decoded) > 1 else "one image"
+    number = images_in_words(decoded)
     if num_missing:
         share = num_missing / num_all
         log.info(

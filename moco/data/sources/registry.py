@@ -225,7 +225,8 @@ def own_datasets(
     Raises:
         InputError: there is no such function, it takes no such options, or it raises an error.
     """
-    options = {} if options is None else options
+    if options is None:
+        options = {}
     if not isinstance(options, dict):
         raise InputError(f"data.options={options}: expected {{name: value}}")
     if name == "custom":

@@ -50,9 +50,10 @@ def prepare_source(
     problems: list[str] = []
     sample = list(counted(sample_of(source.train, problems), "looking at a sample"))
     if problems and not sample:
-        number = f"none of {len(problems)} images" if len(problems) > 1 else "the only image"
-        can = "can" if len(problems) > 1 else "cannot"
-        raise InputError(f"data.root={data['root']}: {number} {can} be read; {problems[0]}")
+        what = "the only image cannot be read"
+        if len(problems) > 1:
+            what = f"none of {len(problems)} images can be read"
+        raise InputError(f"data.root={data['root']}: {what}; {problems[0]}")
     value_range = data["value_range"]
     is_window = source.train.reading.dicom_window
     if value_range is None and (is_window or are_shares(source.train, sample)):
@@ -128,7 +129,9 @@ def chosen_bands(data: Mapping[str, Any]) -> Any:
     Args:
         data: the settings of the data as plain data.
     """
-    return None if data.get("band_files") is not None else data["bands"]
+    if data.get("band_files") is not None:
+        return None
+    return data["bands"]
 
 
 def sample_of(images: Images, problems: list[str]) -> Iterator[tuple[str, EncodedImage]]:

@@ -18,12 +18,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from moco.data.files.formats import FORMATS
+from moco.data.files.formats import endings_not_read_by
 from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
-from moco.errors import InputError, printable
+from moco.errors import InputError, printable, said
 from moco.extras import install_command
 from moco.phases import counted
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # What tarfile, the decompressors and pipes raise on damaged archives.
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 # Arrays in a sample are features or masks of its image as often as images.
-ENDINGS = tuple(ending for known in FORMATS if known.reader != "numpy" for ending in known.endings)
+ENDINGS = endings_not_read_by("numpy")
 MAX_ENCODED_BYTES = 2**28  # a larger encoded image is unreadable
 IMAGE_SIZE = 224  # px
 NO_LIBRARY = "data=webdataset needs another package: "
@@ -132,18 +132,21 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
     with ThreadPoolExecutor() as pool:
         found = pool.map(count_images, shards)
         counts = list(counted(found, "counting images", len(shards), "shards"))
-    num_images = sum(counted.samples for counted in counts)
+    num_images = num_left_out = 0
+    first_left_out = ""
+    for of_shard in counts:
+        num_images += of_shard.samples
+        num_left_out += of_shard.others
+        first_left_out = first_left_out or of_shard.first_other
     if num_images == 0:
         raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
-    left_out = [counted for counted in counts if counted.others]
-    if left_out:
-        num_left_out = sum(counted.others for counted in left_out)
+    if num_left_out > 0:
         log.warning(
             "%s of %s images are left out: names that are equal up to the first dot are one "
             "sample, and only its first image is used; the first one left out is %s",
             f"{num_left_out:,}",
             f"{num_images + num_left_out:,}",
-            printable(left_out[0].first_other),
+            printable(first_left_out),
         )
     log.info("data.num_images=%d saves counting them at each start", num_images)
     return num_images
@@ -199,6 +202,7 @@ def shards_of_folder(folder: str) -> list[str]:
     if os.path.isfile(os.path.join(folder, INDEX)):
         read_finished_index(folder)
         pattern = "train-*.tar"
+    # Without `escape` a folder named data[1] would be a pattern.
     shards = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
     if not shards:
         raise InputError(f"data.root={folder}: no .tar files to train on in there")
@@ -255,8 +259,7 @@ def images_in(
                 num_images += 1
     except TAR_ERRORS as error:
         where = f"{printable(shard)}: cannot be read beyond its first {num_images} images"
-        reason = printable(" ".join(str(error).split())) or type(error).__name__
-        yield Problem(shard, f"{where} ({reason})", is_shard=True)
+        yield Problem(shard, f"{where} ({said(error)})", is_shard=True)
 
 
 def read_sample(
@@ -310,7 +313,11 @@ def open_shard(shard: str) -> Iterator[IO[bytes]]:
     from webdataset.gopen import gopen
 
     # gopen would take the file run1:x.tar for an address.
-    stream: Any = open(shard, "rb") if is_local(shard) else gopen(shard)  # noqa: SIM115
+    stream: Any
+    if is_local(shard):
+        stream = open(shard, "rb")  # noqa: SIM115
+    else:
+        stream = gopen(shard)
     try:
         yield stream
         # Read to the end, since the command that writes the archive might fail on a closed pipe.

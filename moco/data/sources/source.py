@@ -20,6 +20,7 @@ from moco.data.files.images import (
     encoded_file,
 )
 from moco.data.files.listing import PathList, start_of
+from moco.data.sources.label_files import first_few
 from moco.data.sources.pixel_values import PixelValues
 from moco.errors import InputError, printable
 
@@ -160,7 +161,10 @@ def stored_layout(shape: tuple[int, ...], dtype: np.dtype, what: str) -> StoredL
     axes = list(shape[1:])
     bands = 1
     if has_band_axis:
-        bands = axes.pop(0 if is_second else -1)
+        place = -1
+        if is_second:
+            place = 0
+        bands = axes.pop(place)
     if bands == 4 and image_dtype == np.uint8:
         log.info(
             "%s: the fourth of 4 channels counts as a band and not as transparency, which an array "
@@ -278,12 +282,15 @@ class FileImages(Images):
 
     def opened(self, index: int) -> EncodedImage:
         """See `Images`."""
-        path, page, _ = self._find_page(index)
+        path, number, _ = self._find_page(index)
+        page = None  # all pages
+        if not self.reading.joins_pages:
+            page = number
         return encoded_file(
             path,
             self.name(index),
             self.max_image_pixels,
-            None if self.reading.joins_pages else page,
+            page,
             raw=self.reading.raw,
             window=self.reading.dicom_window,
         )
@@ -302,6 +309,7 @@ class FileImages(Images):
     def _find_page(self, index: int) -> tuple[str, int, int]:
         """Return an image's path, its page in that file, and the number of pages of the file."""
         paths = self.files()
+        # `page_ends` holds for each file how many images there are up to its end.
         file = int(np.searchsorted(self.page_ends.numpy(), index, side="right"))
         start = start_of(self.page_ends, file)
         end = int(self.page_ends[file])
@@ -349,11 +357,9 @@ def warn_of_missing_classes(bank: Labelled, queries: Labelled) -> None:
     in_queries = queries.classes_there()
     for side, missing in (("bank", in_queries - in_bank), ("queries", in_bank - in_queries)):
         if missing:
-            first = sorted(missing)[:NUM_NAMED]
-            names = ", ".join(printable(bank.class_name(number)) for number in first)
-            rest = ", ..." if len(missing) > NUM_NAMED else ""
+            names = first_few(map(bank.class_name, sorted(missing)), NUM_NAMED)
             count = f"{len(missing)} of {len(in_bank | in_queries)} classes"
-            log.warning("%s have no image among the %s: %s%s", count, side, names, rest)
+            log.warning("%s have no image among the %s: %s", count, side, names)
 
 
 @dataclass(frozen=True)
@@ -373,8 +379,11 @@ class DataSource:
 
     def sets(self) -> list[Images]:
         """Return training images, bank and queries, as far as there are such."""
-        labelled = [side.images for side in (self.bank, self.queries) if side is not None]
-        return [self.train, *labelled]
+        sets = [self.train]
+        for side in (self.bank, self.queries):
+            if side is not None:
+                sets.append(side.images)
+        return sets
 
     def read_as(self, reading: Reading) -> None:
         """Decode all files in this way."""

@@ -228,7 +228,9 @@ def stored_source(
         raise InputError(f"{where}: cannot be read ({reason})") from error
     key = chosen_image_key(arrays, image_key, where)
     array = arrays[key]
-    what = f"{where}: {printable(key)}" if key else where
+    what = where
+    if key:
+        what = f"{where}: {printable(key)}"
     layout = stored_layout(array.shape, np.dtype(array.dtype), what)
     try:
         check_memory(ImageHeader(layout.size, layout.bands, layout.dtype), max_image_pixels)

@@ -75,8 +75,7 @@ class TileImages(Images):
 
     def of_files(self, paths: PathList) -> "TileImages":
         """Return the images of these files, in their order."""
-        row_of_path = {path: row for row, path in enumerate(self.files())}
-        rows = [row_of_path[path] for path in paths]
+        rows = self.files().places(paths)
         return TileImages(paths, self.sizes.numpy()[rows], self.tile, self.max_image_pixels)
 
     def files(self) -> PathList:

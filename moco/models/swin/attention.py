@@ -141,7 +141,8 @@ def _attend_in_blocks(
             are not kept.
     """
     h, length, _ = bias.shape
-    biases = bias.repeat(_windows_per_block(bias, len(query) // h), 1, 1)
+    num_windows = len(query) // h
+    biases = bias.repeat(_windows_per_block(bias, num_windows), 1, 1)
     scores = torch.empty_like(biases)
     out = torch.empty_like(value)
     for start in range(0, len(query), len(scores)):
@@ -190,7 +191,8 @@ class _CPUAttention(torch.autograd.Function):
         ctx.save_for_backward(query.to(value.dtype), key.to(value.dtype), value, weights)
         ctx.bias_dtype = bias.dtype
         ctx.num_heads = len(bias)
-        ctx.windows_per_block = _windows_per_block(bias, len(query) // len(bias))
+        num_windows = len(query) // len(bias)
+        ctx.windows_per_block = _windows_per_block(bias, num_windows)
         return out
 
     @staticmethod
@@ -272,8 +274,8 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         length = math.prod(grid.window)
         x = into_windows(x.reshape(n, -1, channels), grid)
         x = F.linear(x, self.qkv.weight, self.qkv_bias())
-        x = x.view(n * grid.num_windows, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = x.contiguous()  # (B, h, L, d) each
+        x = x.view(n * grid.num_windows, length, 3, self.num_heads, -1)  # (B, L, 3, h, d)
+        query, key, value = x.permute(2, 0, 3, 1, 4).contiguous()  # (B, h, L, d) each
         query, key = self.scaled(query, key)
         bias = self.position_bias(grid.window)
         # torch.compile would unroll the loop over blocks of windows.
@@ -312,6 +314,7 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         """
         height, width = self.window_size
         table = self.relative_position_bias_table.view(2 * height - 1, 2 * width - 1, -1)
+        # The offsets of a smaller window are those in the middle of the table.
         top = height - window[0]
         left = width - window[1]
         inner = table[top : len(table) - top, left : table.shape[1] - left]
@@ -368,8 +371,9 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
         coordinates = log_coordinates(window, self.pretrained_window_size, first.weight.device)
         # In float64, because in float32 the last bits of a bias would depend on how many offsets
         # there are.
-        hidden = F.linear(coordinates.flatten(0, 1), first.weight.double(), first.bias.double())
-        logits = F.linear(F.relu(hidden), second.weight.double())
+        coordinates = coordinates.flatten(0, 1)  # (offsets, 2)
+        hidden = F.linear(coordinates, first.weight.double(), first.bias.double())
+        logits = F.linear(F.relu(hidden), second.weight.double())  # (offsets, h)
         return (MAX_BIAS * torch.sigmoid(logits)).float()
 
     def set_window(self, window: Size) -> None:

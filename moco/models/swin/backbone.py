@@ -143,7 +143,9 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
                 x = self.features[2 * stage](x)  # patch merging
             for block in blocks:
                 x = self.run_block(block, x)
-            output = self.norm(x) if stage == 3 else x
+            output = x
+            if stage == 3:
+                output = self.norm(x)
             maps.append(output.permute(0, 3, 1, 2))
         return maps[-1].mean(dim=(2, 3)), maps
 
@@ -158,9 +160,14 @@ def windows_of(name: str, value: Any) -> tuple[int, ...]:
     Raises:
         InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`.
     """
-    windows = list(value) if isinstance(value, list | tuple) else [value] * 4
-    are_valid = [type(window) is int and 1 <= window <= MAX_WINDOW_SIZE for window in windows]
-    if len(windows) != 4 or not all(are_valid):
+    windows = [value] * 4
+    if isinstance(value, list | tuple):
+        windows = list(value)
+    is_valid = len(windows) == 4
+    for window in windows:
+        # True is an int, too, for `isinstance`.
+        is_valid = is_valid and type(window) is int and 1 <= window <= MAX_WINDOW_SIZE
+    if not is_valid:
         raise InputError(
             f"backbone.{name}={value}: expected a whole number of cells from 1 to "
             f"{MAX_WINDOW_SIZE}, or a list of four, one for each stage"

@@ -47,16 +47,23 @@ class WindowSuggestion:
         self.image_size = image_size
         self.maps = map_sides(image_size, patch_size)
         self.padded = []
+        num_cells = 0
+        num_padded_cells = 0
         for side in self.maps:
             window = min(window_size, side)
-            self.padded.append(-(-side // window) * window)
-        num_cells = sum(side**2 for side in self.maps)
-        self.padding = sum(side**2 for side in self.padded) / num_cells - 1
+            padded = -(-side // window) * window
+            self.padded.append(padded)
+            num_cells += side**2
+            num_padded_cells += padded**2
+        self.padding = num_padded_cells / num_cells - 1
 
     def __str__(self) -> str:
         changes = []
         for side, padded in zip(self.maps, self.padded, strict=True):
-            changes.append(str(side) if side == padded else f"{side} to {padded}")
+            if side == padded:
+                changes.append(str(side))
+            else:
+                changes.append(f"{side} to {padded}")
         return (
             f"window {self.window_size} for {self.image_size} px: the four maps are padded "
             f"{', '.join(changes)} ({self.padding:.1%} more cells)"
@@ -84,14 +91,17 @@ def suggest_window(
     if pretrained_image_size is None:
         pretrained_image_size = pretrained_window_size * patch_size * 8
     same_share = pretrained_window_size * image_size / pretrained_image_size
-    smallest = min(max(1, math.floor(same_share * 0.9)), MAX_WINDOW_SIZE)
+    smallest = max(1, math.floor(same_share * 0.9))
+    smallest = min(smallest, MAX_WINDOW_SIZE)
     largest = min(math.ceil(same_share * 1.1), MAX_WINDOW_SIZE)
 
     def cost(suggestion: WindowSuggestion) -> tuple[float, float]:
+        # Rounded, so that windows of equal padding are equal. The nearest of them is taken.
         return round(suggestion.padding, 9), abs(suggestion.window_size - same_share)
 
-    windows = range(smallest, largest + 1)
-    suggestions = [WindowSuggestion(window, image_size, patch_size) for window in windows]
+    suggestions = []
+    for window in range(smallest, largest + 1):
+        suggestions.append(WindowSuggestion(window, image_size, patch_size))
     return min(suggestions, key=cost)
 
 

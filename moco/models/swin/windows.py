@@ -78,12 +78,14 @@ def grid_tensors(size: Size, window: Size, shifted: bool) -> dict[str, Tensor]:
     # Cells see each other if they are in one window and in one group.
     group = torch.where(is_real, row_wraps[:, None] * 2 + column_wraps, 4)
     group = _partition_cells(group, window)  # (windows, L)
-    sees = group[:, :, None] == group[:, None, :]
-    is_whole = sees.all(dim=(1, 2))
+    sees = group[:, :, None] == group[:, None, :]  # (windows, L, L)
+    is_whole = sees.all(dim=(1, 2))  # (windows,)
     cut = (~is_whole).nonzero()[:, 0]
-    mask = torch.zeros(len(cut), *sees.shape[1:]).masked_fill_(~sees[cut], -math.inf)
+    is_hidden = ~sees[cut]  # (cut windows, L, L)
+    mask = torch.zeros(is_hidden.shape).masked_fill_(is_hidden, -math.inf)
 
-    cell = _partition_cells(row[:, None] * size[1] + column, window).flatten()  # (Q,)
+    numbers = row[:, None] * size[1] + column  # of the cells, row by row
+    cell = _partition_cells(numbers, window).flatten()  # (Q,)
     is_real = _partition_cells(is_real, window).flatten()
     places = torch.empty(size[0] * size[1], dtype=torch.int64)
     places[cell[is_real]] = torch.arange(len(cell))[is_real]
@@ -103,7 +105,9 @@ def _shifted_side(length: int, window: int, shifted: bool) -> tuple[Tensor, Tens
     Returns:
         Where each of its cells comes from, and whether it came from the other end.
     """
-    shift = window // 2 if shifted and window < length else 0
+    shift = 0
+    if shifted and window < length:
+        shift = window // 2
     filled = -(-length // window) * window
     unwrapped = torch.arange(filled) + shift
     return unwrapped % filled, unwrapped >= filled
@@ -112,8 +116,9 @@ def _shifted_side(length: int, window: int, shifted: bool) -> tuple[Tensor, Tens
 def _partition_cells(cells: Tensor, window: Size) -> Tensor:
     """Return one number for each cell (H, W) window by window: (windows, L)."""
     height, width = cells.shape
-    cells = cells.view(height // window[0], window[0], width // window[1], window[1])
-    return cells.transpose(1, 2).reshape(-1, window[0] * window[1])
+    rows, columns = window
+    cells = cells.view(height // rows, rows, width // columns, columns)
+    return cells.transpose(1, 2).reshape(-1, rows * columns)
 
 
 def into_windows(x: Tensor, grid: WindowGrid) -> Tensor:

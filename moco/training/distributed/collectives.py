@@ -124,7 +124,9 @@ def world_size() -> int:
 
 def rank() -> int:
     """Return this process's number among them, from 0."""
-    return dist.get_rank() if world_size() > 1 else 0
+    if world_size() == 1:
+        return 0
+    return dist.get_rank()
 
 
 @contextmanager
@@ -350,7 +352,8 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
             message = np.ascontiguousarray(rows[start : start + ROWS_AT_ONCE])
             dist.send(torch.from_numpy(message), dst=0, group=_control)
         return rows[:0]
-    gathered = np.empty((sum(shape[0] for shape in shapes), *row_shape), dtype=rows.dtype)
+    num_rows = sum(shape[0] for shape in shapes)
+    gathered = np.empty((num_rows, *row_shape), dtype=rows.dtype)
     place = len(rows)
     if place:
         gathered[:place] = rows

@@ -166,8 +166,14 @@ def first_failure(children: Sequence[Child], folder: Path) -> BaseException | No
                 f"rank {child.rank} of {len(children)} (process {child.process.pid}) {how}: by the "
                 f"kernel if memory ran out, or from outside; {last_good(folder)}"
             )
-    errors = [child.error for child in children if child.error is not None]
-    causes = [error for error in errors if not isinstance(error, PeerLost)]
+    errors = []
+    causes = []
+    for child in children:
+        if child.error is None:
+            continue
+        errors.append(child.error)
+        if not isinstance(child.error, PeerLost):
+            causes.append(child.error)
     for kind in (InputError, RunError, Interrupted, BaseException):
         for error in causes or errors:
             if isinstance(error, kind):
