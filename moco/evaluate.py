@@ -36,7 +36,8 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         InputError: the checkpoint or the data cannot be used, or the backbone has no such window.
         RunError: the machine ran out of memory or disk.
     """
-    from moco.cli.closing_tables import is_sweep_job, print_plain, two_columns
+    from moco.cli import measured_segmenter
+    from moco.cli.closing_tables import is_sweep_job, print_plain, shown, two_columns
     from moco.evaluation.measurements import measure
     from moco.evaluation.reports.page import report_page
     from moco.runs.atomic_files import write_atomically, write_json
@@ -49,11 +50,14 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     check_output(output)
     failures_named = partial(failures_without_training_named, "evaluation.batch_size")
     with failures_named():
-        subject, pretrained = subject_of(config, folder)
-        findings = measure(subject)
-    origin = origin_of(subject, pretrained)
+        if config.evaluation.name == "segmentation":
+            findings, origin = measured_segmenter.measure(config)
+        else:
+            subject, pretrained = subject_of(config, folder)
+            findings = measure(subject)
+            origin = origin_of(subject, pretrained)
     console = screen.console
-    rows = [(key, f"{value:.4f}") for key, value in findings.scores.items()]
+    rows = [(key, shown(value)) for key, value in findings.scores.items()]
     for key, value in {**findings.protocol, **origin}.items():
         rows.append((key, "none" if value is None else str(value)))
     tables = [two_columns(findings.title, rows), *findings.tables]

@@ -1,6 +1,6 @@
 """Write a backbone's weights for other libraries.
 
-``python -m moco.export checkpoint=PATH format=torchvision|timm|safetensors [output=FILE]``
+``python -m moco.export checkpoint=PATH format=torchvision|timm|smp|safetensors [output=FILE]``
 """
 
 import dataclasses

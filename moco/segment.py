@@ -40,6 +40,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
     from moco.runs.interrupts import StopRequest
     from moco.runs.run_folder import find_checkpoint
     from moco.runs.slurm import stop_signals
+    from moco.runs.training_set import training_set
 
     pl.seed_everything(config.seed, verbose=False)
     start = find_backbone(config)
@@ -59,14 +60,50 @@ def run(config: SegmentConfig, folder: Path) -> None:
         run = Run(config, folder, stop, hydra_files(), figures=backbone_origin(config, start))
         if run.is_finished():
             return
-        checkpoint = find_checkpoint(folder, run.plain, run.defaults)
-        step = take_folder(run, stack, checkpoint, segmenter.hparams, tensor_settings)
-        trainer = build_trainer(run, step)
+        try:
+            checkpoint = find_checkpoint(folder, run.plain, run.defaults)
+        except InputError as error:
+            raise InputError(f"{error}{way_to_measure(config, folder)}") from error
+        train = data.source.train
+        run.training_set = training_set(
+            train.images.files, len(train), config.data.batch_size, config.data.root
+        )
+        resumed = take_folder(run, stack, checkpoint, segmenter.hparams, tensor_settings)
+        trainer = build_trainer(run, resumed)
         # A second time, because the folder's status has to hold the same line.
         with failures_named(folder):
             fit(run, trainer, segmenter, data, checkpoint)
             write_json(folder / "metrics.json", run.figures)
     print_segmentation(run, class_names)
+
+
+def way_to_measure(config: SegmentConfig, folder: Path) -> str:
+    """Return how a finished run in `folder` is measured with these settings, without training.
+
+    It is empty for a run that is not finished, or whose dataset and inference are the same.
+    """
+    import yaml
+
+    from moco.runs.run_folder import CONFIG, LAST_CHECKPOINT, as_override
+    from moco.runs.run_status import read_status
+
+    if (read_status(folder) or {}).get("state") != "finished":
+        return ""
+    there = yaml.safe_load((folder / CONFIG).read_text())
+    words = []
+    if config.inference != there["inference"]:
+        words.append(as_override("evaluation.inference", config.inference))
+    if config.data.name != there["data"]["name"]:
+        words.append(as_override("data", config.data.name))
+    if config.data.root != there["data"]["root"]:
+        words.append(as_override("data.root", str(config.data.root)))
+    if not words:
+        return ""
+    checkpoint = as_override("checkpoint", folder / LAST_CHECKPOINT)
+    return (
+        ". To measure the finished run so, without training: python -m moco.evaluate "
+        f"{checkpoint} evaluation=segmentation {' '.join(words)}"
+    )
 
 
 def check_trainer(trainer: TrainerConfig) -> None:

@@ -331,6 +331,27 @@ def test_the_presets_for_own_images_fit_data_sets_of_their_size(name, fewest, mo
 
 
 @pytest.mark.parametrize(
+    ("num_images", "max_steps", "said"),
+    [
+        (32, -1, "with only 32 images, older keys of a query's own image are often"),
+        (50_000, 0, "so short that it produces only 0 keys"),
+    ],
+)
+def test_no_queue_of_one_key_is_advised(num_images, max_steps, said, caplog):
+    config = experiment("cifar10_resnet18")
+    # A run of one step has 512 keys. None is a run of one batch.
+    changes = {"max_steps": max_steps, "max_epochs": 0 if max_steps == 0 else 200}
+    warn_of_negatives(
+        dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes)),
+        num_images,
+    )
+    (message,) = caplog.messages
+    assert message.startswith("method.queue_size=4096: ")
+    assert said in message
+    assert "would fit" not in message
+
+
+@pytest.mark.parametrize(
     ("name", "num_images", "changes", "said"),
     [
         ("cifar10_resnet18", 50_000, {}, None),

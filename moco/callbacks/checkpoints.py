@@ -13,13 +13,18 @@ from moco.callbacks.running_trainer import is_end
 from moco.errors import Interrupted, RunError
 from moco.phases import phase
 from moco.runs.atomic_files import link_atomically, write_atomically, write_json
+from moco.runs.checkpoint_files import in_bytes
 from moco.runs.interrupts import StopRequest
 from moco.runs.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, as_override, last_good
+from moco.runs.training_set import KEY, TrainingSet
 from moco.training.distributed.collectives import Agreement, gather_objects, largest
 from moco.training.random_states import random_states, seed_generators, set_random_states
 from moco.training.stopwatches import CHECKPOINTS, epoch_time
 
 log = logging.getLogger(__name__)
+
+LARGE = 200_000_000
+"""From this size on, bytes, a run says once how large its checkpoints are."""
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
@@ -41,6 +46,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
         keep_every_n_epochs: keep every n-th epoch's checkpoint as ``epoch_0100.ckpt``.
         monitor: ``GROUP/NAME``, the figure whose highest value makes the best checkpoint.
             ``GROUP/epoch`` is the epoch of its latest value.
+        training_set: the images of the run, which a checkpoint describes.
+        takes_figures: the figures of the checkpoint that the run resumes from are of this run and
+            of its images. Otherwise only the numbers of epochs and steps are taken.
     """
 
     def __init__(
@@ -53,6 +61,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         every_n_minutes: float = 30.0,
         keep_every_n_epochs: int | None = None,
         monitor: str = "knn/top1",
+        training_set: TrainingSet | None = None,
+        takes_figures: bool = True,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -62,6 +72,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.every_n_seconds = 60 * every_n_minutes
         self.keep_every_n_epochs = keep_every_n_epochs
         self.monitor = monitor
+        self.training_set = training_set
+        self.takes_figures = takes_figures
         group, name = monitor.split("/")
         self.monitor_epoch = f"{group}/epoch"
         self.best_name = f"{group}/best_{name}"
@@ -74,6 +86,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.asked_before = False
         """The next answer of the agreement is to a question from before the last save."""
         self.agreement = Agreement()
+        self.is_size_said = False
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,7 +94,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A run that starts from another run's checkpoint has no best checkpoint yet.
-        if (self.folder / BEST_CHECKPOINT).is_file():
+        if self.takes_figures and (self.folder / BEST_CHECKPOINT).is_file():
             self.best = state_dict["best"]
 
     def on_save_checkpoint(
@@ -89,13 +102,19 @@ class Checkpoints(pl.callbacks.Checkpoint):
     ) -> None:
         checkpoint["config"] = self.config
         checkpoint["figures"] = dict(self.figures)
+        if self.training_set is not None:
+            checkpoint[KEY] = self.training_set.as_plain_data()
         checkpoint["random_states"] = gather_objects(random_states())
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        self.figures.update(checkpoint["figures"])
-        self._loaded = {key: checkpoint[key] for key in ("random_states", "figures", "global_step")}
+        figures = checkpoint["figures"]
+        if not self.takes_figures:
+            figures = {key: figures[key] for key in ("epoch", "step") if key in figures}
+        self.figures.update(figures)
+        self._loaded = {key: checkpoint[key] for key in ("random_states", "global_step")}
+        self._loaded["figures"] = figures
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Finish what the previous process left undone after its last checkpoint."""
@@ -196,8 +215,29 @@ class Checkpoints(pl.callbacks.Checkpoint):
             logger.save()
         with phase("saving the checkpoint", unit=""):
             trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
+        if trainer.is_global_zero and not self.is_size_said:
+            self.is_size_said = True
+            self._say_size(trainer)
         self.last_saved = time.monotonic()
         self.asked_before = trainer.world_size > 1
+
+    def _say_size(self, trainer: pl.Trainer) -> None:
+        """Say how large a checkpoint is, if that is much, and why."""
+        size = (self.folder / LAST_CHECKPOINT).stat().st_size
+        if size < LARGE:
+            return
+        of_optimizers = 0
+        for optimizer in trainer.optimizers:
+            for state in optimizer.state.values():
+                of_optimizers += sum(x.nbytes for x in state.values() if torch.is_tensor(x))
+        log.info(
+            "a checkpoint has %s, %s of them the optimizer's state; last.ckpt, previous.ckpt and "
+            "best.ckpt take up to %s. backbone.pth, which a pretraining writes at its end, holds "
+            "the backbone alone",
+            in_bytes(size),
+            in_bytes(of_optimizers),
+            in_bytes(3 * size),
+        )
 
     def _link(self, trainer: pl.Trainer, epoch: int, is_best: bool) -> None:
         """Give ``last.ckpt``, saved at the end of `epoch`, its other names."""
@@ -218,8 +258,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         if self.figures.get(self.monitor_epoch) != epoch:
             return False
         figure = self.figures[self.monitor]
-        # Not `<=`: a figure that is NaN is not the best.
-        if not figure > self.best:
+        # Not `<=`: a figure that is NaN is not the best. None: the data do not tell it.
+        if figure is None or not figure > self.best:
             return False
         self.best = figure
         self.figures[self.best_name] = self.best

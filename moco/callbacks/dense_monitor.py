@@ -52,7 +52,9 @@ class DenseMonitor(EpochMeasurement):
             self.figures |= {**scores, **protocol, "dense/epoch": epoch}
             log_scalars(trainer, scores)
 
-    def _measure(self, pl_module: Any, epoch: int) -> tuple[dict[str, float], dict[str, Any], bool]:
+    def _measure(
+        self, pl_module: Any, epoch: int
+    ) -> tuple[dict[str, float | None], dict[str, Any], bool]:
         """Return scores and protocol, both empty without a measurement, and whether it is owed."""
         images, device = self.images, pl_module.device
         backbone = pl_module.query_encoder.backbone

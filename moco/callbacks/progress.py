@@ -119,7 +119,8 @@ class ProgressBar(pl.Callback):
         parts.append(f"{short(self.figures['images_per_second'])} img/s")
         for figure, name in self.scores:
             group = figure.split("/")[0]
-            if self.figures.get(f"{group}/epoch") == self.epoch:
+            is_measured = self.figures.get(figure) is not None
+            if is_measured and self.figures.get(f"{group}/epoch") == self.epoch:
                 parts.append(f"{name} {100 * self.figures[figure]:.2f} %")
         # Not in the first seconds: the first batch always waits.
         if self.losses.waiting_share() > MUCH_WAITING:
@@ -152,7 +153,7 @@ class ProgressBar(pl.Callback):
         if math.isfinite(self.seconds_left):
             fields.append((2, f"ETA {clock(self.seconds_left)}"))
         for place, (figure, name) in enumerate(self.scores):
-            if figure in self.figures:
+            if self.figures.get(figure) is not None:
                 importance = 3 if place == 0 else 5 + place
                 fields.append((importance, f"{name} {100 * self.figures[figure]:.1f} %"))
         if self.waiting_share > MUCH_WAITING:

@@ -30,18 +30,21 @@ def is_logged_step(trainer: pl.Trainer, batch_idx: int, every_n_steps: int) -> b
     return is_step_end(trainer, batch_idx) and trainer.global_step % every_n_steps == 0
 
 
-def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int | None = None) -> None:
+def log_scalars(
+    trainer: pl.Trainer, scalars: Mapping[str, float | None], step: int | None = None
+) -> None:
     """Give the scalars of a step to all loggers of the run.
 
     Args:
         trainer: of the run.
-        scalars: by name.
+        scalars: by name. One that is None was not measured, and is left out.
         step: number of optimizer steps; None: of the latest one.
     """
     if step is None:
         step = trainer.global_step
+    measured = {name: scalar for name, scalar in scalars.items() if scalar is not None}
     for logger in trainer.loggers:
-        logger.log_metrics(dict(scalars), step=step)
+        logger.log_metrics(dict(measured), step=step)
 
 
 def board_of(trainer: pl.Trainer) -> Any:

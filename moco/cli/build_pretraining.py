@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moco.cli import training_run
 from moco.cli.checks import num_processes
+from moco.cli.resuming import Resumed
 from moco.cli.training_run import Run
 from moco.config.data import DataConfig
 from moco.config.train import TrainConfig
@@ -169,7 +170,7 @@ def build_method(plain: dict[str, Any], backbone: "nn.Module | None" = None) -> 
 def build_trainer(
     run: Run,
     environment: "ClusterEnvironment | None" = None,
-    step: int | None = None,
+    resumed: Resumed | None = None,
     dense_set: "DenseSet | None" = None,
 ) -> "pl.Trainer":
     """Return Lightning's Trainer with the callbacks of pretraining.
@@ -177,7 +178,7 @@ def build_trainer(
     Args:
         run: the run.
         environment: who started the processes.
-        step: number of optimizer steps of the checkpoint that the run goes on from.
+        resumed: the checkpoint that the run goes on from.
         dense_set: the images of ``monitor.dense``, from `build_dense_set`.
     """
     from moco.callbacks.collapse_watch import CollapseWatch
@@ -227,7 +228,7 @@ def build_trainer(
         (("knn/top1", "kNN"), ("dense/knn_miou", "dense mIoU")),
         run.plain["checkpoint"],
         environment,
-        step,
+        resumed,
     )
 
 

@@ -13,6 +13,7 @@ from moco.callbacks.segmentation_monitor import SegmentationMonitor
 from moco.callbacks.training_monitor import LossMonitor
 from moco.cli import training_run
 from moco.cli.checks import check_deterministic_segmentation
+from moco.cli.resuming import Resumed
 from moco.cli.starting_backbone import StartingBackbone
 from moco.cli.training_run import Run
 from moco.config.segment import SegmentConfig
@@ -125,12 +126,12 @@ def build_segmenter(
     return segmenter
 
 
-def build_trainer(run: Run, step: int | None) -> pl.Trainer:
+def build_trainer(run: Run, resumed: Resumed | None) -> pl.Trainer:
     """Return Lightning's Trainer with the callbacks of a segmentation run.
 
     Args:
         run: the run.
-        step: number of optimizer steps of the checkpoint that the run goes on from.
+        resumed: the checkpoint that the run goes on from.
     """
     config: SegmentConfig = run.config
     monitor = SegmentationMonitor(
@@ -146,7 +147,7 @@ def build_trainer(run: Run, step: int | None) -> pl.Trainer:
         [monitor],
         [("segment/miou", "mIoU")],
         {"every_n_epochs": config.checkpoint_every_n_epochs},
-        step=step,
+        resumed=resumed,
     )
 
 

@@ -17,23 +17,29 @@ from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig, TrainerConfig
 from moco.errors import InputError
 from moco.extras import install_command
-from moco.runs.run_folder import has_checkpoint
+from moco.runs.run_folder import LAST_CHECKPOINT, as_override, has_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
     from moco.data.loading.datamodule import PretrainingData
+    from moco.data.sources.source import Images
     from moco.methods.moco import MoCo
     from moco.models.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
+NOTABLE_PADDING = 0.05  # cells of padding per cell of the maps
+SMALLEST_QUEUE = 16  # keys; a smaller one would hold hardly more negatives than one batch
+
 
 def check_run(config: TrainConfig | SegmentConfig) -> None:
     """Raise InputError for settings with which no training can start."""
     if config.resume not in (None, "auto") and not Path(str(config.resume)).is_file():
-        raise InputError(f"resume={config.resume}: no such file")
+        of_run = Path(str(config.resume), LAST_CHECKPOINT)
+        hint = f"; {as_override('resume', of_run)} is there" if of_run.is_file() else ""
+        raise InputError(f"resume={config.resume}: no such file{hint}")
     if config.trainer.max_steps == 0:
         raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
     check_loggers(config.logger, vars(config.logger_options))
@@ -69,23 +75,34 @@ def num_processes(config: TrainConfig) -> int:
 
 def check_same_images(data: "PretrainingData") -> None:
     """Raise InputError if the processes of a training see different images or shards."""
-    from moco.data.sources.shards import ShardedImages
     from moco.training.distributed.collectives import gather_objects, world_size
 
     if world_size() == 1:
         return
     train = data.source.train
-    if isinstance(train, ShardedImages):
-        # The images in shards have no names before they are read.
-        names = train.shards
-    else:
-        names = [train.name(index) for index in range(len(train))]
+    names = names_of(train)
     identity = (len(train), hashlib.blake2b(os.fsencode("\0".join(names))).digest())
     if len(set(gather_objects(identity))) > 1:
         raise InputError(
             "data.root: the processes of this run do not see the same images; "
             "is it the same folder on all nodes?"
         )
+
+
+def names_of(images: "Images") -> list[str]:
+    """Return names that tell the images of a dataset from others.
+
+    They are the paths of its files where it has files. Images in shards have no names before they
+    are read, so their shards stand for them.
+    """
+    from moco.data.sources.shards import ShardedImages
+    from moco.data.sources.source import FileImages
+
+    if isinstance(images, ShardedImages):
+        return list(images.shards)
+    if isinstance(images, FileImages):
+        return list(images.files())
+    return [images.name(index) for index in range(len(images))]
 
 
 def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
@@ -248,12 +265,35 @@ def check_resolution_ramp(ramp: "ResolutionRamp", backbone: "nn.Module", max_epo
         )
 
 
+def advise_window(backbone: "nn.Module", image_size: int) -> None:
+    """Log which attention window suits the images, if a Swin's own one pads its maps much.
+
+    Args:
+        backbone: any backbone; only a Swin has windows.
+        image_size: side of the views, px.
+    """
+    from moco.models.swin.backbone import Swin
+    from moco.models.swin.window_change import WindowSuggestion, fitting_window
+
+    if not isinstance(backbone, Swin) or len(set(backbone.window_size)) > 1:
+        return
+    window, patch = backbone.window_size[0], backbone.patch_size
+    own = WindowSuggestion(window, image_size, patch)
+    better = fitting_window(image_size, window, patch)
+    if own.padding - better.padding < NOTABLE_PADDING:
+        return
+    log.info(
+        "%s; %s: backbone.window_size=%d computes less for nothing", own, better, better.window_size
+    )
+
+
 def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
     """Warn if the number of negatives does not fit the dataset or the batch.
 
     With a queue: if it holds more keys than a tenth of the images, or more than the run ever
     produces. The largest power of two within a tenth is the queue size of both official recipes:
-    65,536 for ImageNet and 4,096 for CIFAR-10.
+    65,536 for ImageNet and 4,096 for CIFAR-10. Where no queue of a useful size fits, the warning
+    says so.
 
     Without a queue: if the batch is accumulated, because each part has only its own negatives.
     """
@@ -273,8 +313,26 @@ def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
     num_keys = num_steps * config.data.batch_size
     if config.method.symmetric and config.method.num_queues == 1:
         num_keys *= 2  # one queue gets the keys of both views
-    limit = max(min(num_images // 10, num_keys), 1)
-    if config.method.queue_size > limit:
+    limit = min(num_images // 10, num_keys)
+    if config.method.queue_size <= limit:
+        return
+    if num_images // 10 < SMALLEST_QUEUE:
+        log.warning(
+            "method.queue_size=%d: with only %d images, older keys of a query's own image are "
+            "often among its negatives, whatever the size of the queue. Such a run shows that "
+            "everything works, but it learns little: more images are needed, or weights that are "
+            "pretrained elsewhere (init_from=PATH)",
+            config.method.queue_size,
+            num_images,
+        )
+    elif num_keys < SMALLEST_QUEUE:
+        log.warning(
+            "method.queue_size=%d: this run is so short that it produces only %d keys, and the "
+            "queue keeps its random start. It shows that everything works, but it learns little",
+            config.method.queue_size,
+            num_keys,
+        )
+    else:
         log.warning(
             "method.queue_size=%d is more than a tenth of the %d images (older keys of a query's "
             "own image are then often among its negatives), or more than the %d keys that this "

@@ -105,7 +105,7 @@ def print_pretraining(run: Run, source: DataSource, num_unreadable: int) -> None
             if key in figures:
                 rows.append((f"kNN top-1, {name}", f"{figures[key]:.4f}"))
     if "dense/knn_miou" in figures:
-        rows.append(("mIoU of kNN segmentation", f"{figures['dense/knn_miou']:.4f}"))
+        rows.append(("mIoU of kNN segmentation", shown(figures["dense/knn_miou"])))
     if "verdict" in figures:
         rows.append(("is it learning?", figures["verdict"]))
     if num_unreadable:
@@ -209,8 +209,8 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
             f"{figures['segment/num_images']:,} images, inference={figures['segment/inference']}"
         )
         rows.append(("measured on", protocol))
-        rows.append(("mIoU", f"{figures['segment/miou']:.4f}"))
-        rows.append(("pixel accuracy", f"{figures['segment/pixel_accuracy']:.4f}"))
+        rows.append(("mIoU", shown(figures["segment/miou"])))
+        rows.append(("pixel accuracy", shown(figures["segment/pixel_accuracy"])))
         if len(class_names) <= MAX_CLASSES_SHOWN:
             rows += [(f"IoU, {name}", shown_iou(figures, name)) for name in class_names]
     rows.append(("checkpoint", os.path.relpath(run.folder / LAST_CHECKPOINT)))
@@ -218,6 +218,13 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
     folder = os.path.relpath(run.folder)
     if "tensorboard" in logger_names(run.plain["logger"]):
         print_next(run.console, [f"tensorboard --logdir {shell_quoted(folder)}"])
+
+
+def shown(share: float | None) -> str:
+    """Return a figure of segmentation as text. Without a pixel that has a class there is none."""
+    if share is None:
+        return "none: no held-out pixel has a class"
+    return f"{share:.4f}"
 
 
 def shown_iou(figures: Mapping[str, Any], class_name: str) -> str:

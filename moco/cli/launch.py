@@ -33,6 +33,7 @@ from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schema
 from moco.errors import InputError, Interrupted, printable
 from moco.runs.interrupts import REQUEUEING, listen_early
+from moco.runs.processors import allowed_processors, fit_threads, processor_quota
 from moco.runs.run_folder import CONFIG
 from moco.runs.run_status import write_ending
 from moco.runs.slurm import is_first_task, requeue, stop_signals
@@ -74,6 +75,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
         """Run the program once: the whole run, or one job of a sweep."""
         folder = Path(HydraConfig.get().runtime.output_dir)
         set_up_logging(config_name)
+        fit_threads(os.environ, processor_quota(), allowed_processors())
         try:
             config: Any = parse(composed, schema)
             if is_training:

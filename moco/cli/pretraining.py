@@ -82,6 +82,7 @@ def train(
     from moco.runs.atomic_files import write_json
     from moco.runs.failures import failures_named
     from moco.runs.run_folder import BACKBONE_FILE, find_checkpoint
+    from moco.runs.training_set import training_set
     from moco.training.distributed import collectives
     from moco.training.hardware import choose_device
     from moco.weights.backbone_files import write_backbone_file
@@ -121,11 +122,16 @@ def train(
                 log.info(
                     "init_from=%s is not read: the run goes on from a checkpoint", config.init_from
                 )
-        step = collectives.from_rank_zero(
+        train = data.source.train
+        size, root = config.data.batch_size, config.data.root
+        run.training_set = collectives.from_rank_zero(
+            lambda: training_set(lambda: checks.names_of(train), len(train), size, root)
+        )
+        resumed = collectives.from_rank_zero(
             lambda: take_folder(run, stack, checkpoint, method.hparams, tensor_settings)
         )
-        trainer = build_trainer(run, environment, step, dense_set)
-        print_start(run, trainer, method, data, step)
+        trainer = build_trainer(run, environment, resumed, dense_set)
+        print_start(run, trainer, method, data, None if resumed is None else resumed.step)
         # Named once more inside the folder's lock, so that the status holds the line too.
         with failures_named(folder), collectives.lost_peers_named():
             fit(run, trainer, method, data, checkpoint)
@@ -176,6 +182,7 @@ def check_before_training(config: TrainConfig, data: "PretrainingData", method: 
     checks.check_same_images(data)
     checks.check_batch_norm(encoder, config)
     checks.check_deterministic(method, config, ramp.sizes)
+    checks.advise_window(encoder.backbone, ramp.image_size)
     checks.check_resolution_ramp(ramp, encoder.backbone, config.trainer.max_epochs)
     checks.warn_of_negatives(config, len(data.source.train))
 

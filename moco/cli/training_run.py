@@ -2,15 +2,17 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco.cli.resuming import Resumed, TensorSettings, check_checkpoint
 from moco.config.paths import with_absolute_paths
-from moco.errors import InputError, Interrupted
+from moco.errors import Interrupted
+from moco.runs.training_set import TrainingSet
 from moco.screen import screen
 
 if TYPE_CHECKING:
@@ -23,10 +25,6 @@ if TYPE_CHECKING:
     from moco.runs.interrupts import StopRequest
 
 log = logging.getLogger(__name__)
-
-TensorSettings = Callable[[Mapping[str, Any], Any], dict[str, Any]]
-"""From a run's config and its module's hyperparameters, both as plain data, it returns the settings
-that decide which tensors a checkpoint holds, and their shapes."""
 
 
 @dataclass
@@ -49,6 +47,8 @@ class Run:
     """Of the user, as objects."""
     figures: dict[str, Any] = field(default_factory=dict)
     """What becomes ``metrics.json``. Callbacks write into it."""
+    training_set: TrainingSet | None = None
+    """The images that it trains on."""
 
     def __post_init__(self) -> None:
         self.plain = with_absolute_paths(dataclasses.asdict(self.config))
@@ -67,8 +67,12 @@ class Run:
 
 
 def take_folder(
-    run: Run, stack: ExitStack, checkpoint: Path | None, hparams: Any, settings: TensorSettings
-) -> int | None:
+    run: Run,
+    stack: ExitStack,
+    checkpoint: Path | None,
+    hparams: Any,
+    settings: TensorSettings,
+) -> Resumed | None:
     """Lock the run folder for this process until `stack` closes, and check the checkpoint.
 
     Args:
@@ -79,39 +83,32 @@ def take_folder(
         settings: names what must be equal in the checkpoint and in this run.
 
     Returns:
-        The checkpoint's number of optimizer steps; None for a new run.
+        What the run goes on from; None for a new run.
 
     Raises:
-        InputError: the folder belongs to another run, or the checkpoint holds other tensors than
-            the run, for which the error names the settings.
+        InputError: the folder belongs to another run, or `check_checkpoint` refuses the checkpoint.
+            The folder is then as it was.
     """
     from moco.runs.checkpoint_files import read_checkpoint, sound_checkpoint
-    from moco.runs.config_changes import completed, differences
     from moco.runs.run_folder import LAST_CHECKPOINT, claimed
 
-    def checked(content: dict[str, Any]) -> int:
-        there = settings(completed(content["config"], run.defaults), content["hyper_parameters"])
-        differing = differences(there, settings(run.plain, hparams))
-        if differing:
-            raise InputError(
-                f"resume={checkpoint}: the checkpoint has another architecture or optimizer: "
-                f"{'; '.join(differing)}"
-            )
-        return int(content["global_step"])
+    resumed: list[Resumed] = []
 
-    step = None
-    is_own = checkpoint == run.folder / LAST_CHECKPOINT
-    if checkpoint is not None and not is_own:
-        # Another run's checkpoint is checked before anything is written to the folder.
-        step = checked(read_checkpoint(checkpoint))
-    stack.enter_context(claimed(run.folder, run.plain, run.files))
-    if is_own:
-        content = sound_checkpoint(run.folder)
-        assert content is not None  # `find_checkpoint` has found one
-        step = checked(content)
-    if checkpoint is not None:
-        log.info("going on from %s", checkpoint)
-    return step
+    def check() -> None:
+        if checkpoint is None:
+            return
+        content: Any = None
+        if checkpoint == run.folder / LAST_CHECKPOINT:
+            content = sound_checkpoint(run.folder)  # not None: `find_checkpoint` has found one
+        else:
+            content = read_checkpoint(checkpoint)
+        resumed.append(check_checkpoint(run, checkpoint, content, hparams, settings))
+
+    stack.enter_context(claimed(run.folder, run.plain, run.files, check))
+    if checkpoint is None:
+        return None
+    log.info("going on from %s", checkpoint)
+    return resumed[0]
 
 
 def build_trainer(
@@ -121,7 +118,7 @@ def build_trainer(
     scores: Sequence[tuple[str, str]],
     checkpoints: Mapping[str, Any],
     environment: "ClusterEnvironment | None" = None,
-    step: int | None = None,
+    resumed: Resumed | None = None,
 ) -> "pl.Trainer":
     """Return Lightning's Trainer with the callbacks of every training around its own.
 
@@ -136,19 +133,22 @@ def build_trainer(
             which checkpoint is the best.
         checkpoints: further arguments of `Checkpoints`.
         environment: who started the processes.
-        step: number of optimizer steps of the checkpoint that the run goes on from.
+        resumed: the checkpoint that the run goes on from.
 
     Raises:
         InputError: a callback or logger of the user cannot be used.
     """
     from moco.callbacks.bad_steps import BadSteps
+    from moco.callbacks.busy_machine import BusyMachine
     from moco.callbacks.checkpoints import Checkpoints
     from moco.callbacks.progress import ProgressBar
+    from moco.callbacks.resumed_schedule import ResumedSchedule
     from moco.cli.extensions import build_callbacks, build_loggers, logger_names
     from moco.runs.run_folder import last_good
     from moco.training import trainer
 
     settings = run.plain["trainer"]
+    step = None if resumed is None else resumed.step
     score = scores[0][0]
     checkpoint_name = partial(last_good, run.folder)
     ours = [
@@ -157,13 +157,25 @@ def build_trainer(
             run.figures, settings["max_bad_steps"], settings["log_every_n_steps"], checkpoint_name
         ),
         *monitors,
+        BusyMachine(),
     ]
+    if resumed is not None:
+        ours.append(ResumedSchedule(resumed.has_other_steps, resumed.steps_in_epoch))
     callbacks = [
         *ours,
         *build_callbacks(run.plain["callbacks"], run.callbacks, ours),
         ProgressBar(run.figures, run.console, loss_monitor, *scores),
         # Last, so that a checkpoint holds what the other callbacks have written into `figures`.
-        Checkpoints(run.folder, run.plain, run.figures, run.stop, monitor=score, **checkpoints),
+        Checkpoints(
+            run.folder,
+            run.plain,
+            run.figures,
+            run.stop,
+            monitor=score,
+            training_set=run.training_set,
+            takes_figures=resumed is None or resumed.has_own_figures,
+            **checkpoints,
+        ),
     ]
     loggers = build_loggers(
         logger_names(run.plain["logger"]),

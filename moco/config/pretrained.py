@@ -71,6 +71,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "seed",
     ),
     "label_free": (*CLASS_DATA, "feature", "cache", "plots", "map"),
+    "segmentation": ("ignore_index", "inference"),
     "linear": (*CLASS_DATA, "feature", "cache", "linear"),
     "linear_official": (*CLASS_DATA, "feature", "cache", "linear_official"),
 }
@@ -121,6 +122,8 @@ class EvaluationConfig:
     label_free: bool = True
     """Also measure what needs no labels: rank, spread and uniformity, and, with two views of 1,000
     images, alignment and LiDAR."""
+    inference: Optional[str] = setting(None, choices=("slide", "whole"))
+    """segmentation: how images are predicted, see moco.segment. Null: as in the run."""
     plots: bool = True
     """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run
     folder."""
@@ -212,13 +215,13 @@ class ExportConfig:
     checkpoint: str = MISSING
     """A file of weights: ``last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or
     another project's, see ``docs/weights.md``. A run folder stands for its ``last.ckpt``."""
-    format: str = setting(choices=("safetensors", "timm", "torchvision"))
-    """The names that the weights get: torchvision's, timm's, or our own in a safetensors file that
-    describes itself."""
+    format: str = setting(choices=("safetensors", "smp", "timm", "torchvision"))
+    """The names that the weights get: torchvision's, timm's, those of an encoder of
+    segmentation_models_pytorch (smp), or our own in a safetensors file that describes itself."""
     output: Optional[str] = None
     """The file to write. Null: beside the checkpoint of a run, otherwise in the run folder. For
-    torchvision and timm its ending decides: .pth or .pt is written by torch.save, .safetensors as
-    safetensors."""
+    torchvision, timm and smp its ending decides: .pth or .pt is written by torch.save, .safetensors
+    as safetensors."""
     encoder: str = setting("query", choices=("key", "query"))
     """Which of the checkpoint's two encoders: the one that was trained, or its moving average."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)

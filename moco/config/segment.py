@@ -152,3 +152,6 @@ class SegmentConfig:
     resume: Optional[str] = "auto"
     """auto: resume from the run folder's last checkpoint if there is one. A path: resume from that
     file. Null: start from the beginning."""
+    resume_changed_data: bool = False
+    """Resume although the dataset has lost or gained images since the checkpoint, so that an epoch
+    has another number of steps. The schedule goes on at the same epoch."""

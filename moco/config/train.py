@@ -387,6 +387,9 @@ class TrainConfig:
     resume: Optional[str] = "auto"
     """auto: go on from the last checkpoint in the run folder, if there is one. A path: go on from
     that file. Null: start anew."""
+    resume_changed_data: bool = False
+    """Resume although the dataset has lost or gained images since the checkpoint, so that an epoch
+    has another number of steps. The schedule goes on at the same epoch."""
     init_from: Optional[str] = None
     """A file of weights or a run folder with which a new run starts, from this project or another
     one. See ``docs/weights.md``. A run that goes on from its checkpoint does not read it."""

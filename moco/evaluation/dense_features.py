@@ -259,19 +259,20 @@ def blocks_of_images(images: Iterator[ImagePatches]) -> Iterator[list[ImagePatch
 
 def dense_figures(
     confusion: Tensor, class_names: Sequence[str], kind: str
-) -> tuple[dict[str, float], dict[str, float | None]]:
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Return `segmentation_figures` under the names of ``metrics.json``.
 
     Returns:
         The figures of all classes together, ``dense/KIND_miou`` and ``dense/KIND_pixel_accuracy``;
-        and ``dense/KIND_iou/NAME`` of each class.
+        and ``dense/KIND_iou/NAME`` of each class. A figure is None if no pixel tells it.
     """
-    scores, class_ious = {}, {}
+    scores: dict[str, float | None] = {}
+    class_ious: dict[str, float | None] = {}
     for key, value in segmentation_figures(confusion, class_names).items():
         name = key.replace("segment/", f"dense/{kind}_", 1)
         if "_iou/" in name:
             class_ious[name] = value
-        elif value is not None:
+        else:
             scores[name] = value
     return scores, class_ious
 

@@ -59,7 +59,7 @@ class Findings:
 
     title: str
     """Of the table."""
-    scores: Mapping[str, float]
+    scores: Mapping[str, float | None]
     """Shown with four decimals, and written to ``metrics.json``."""
     protocol: Mapping[str, Any]
     """The conditions of the scores, shown and written as they are."""

@@ -128,6 +128,8 @@ class MoCo(pl.LightningModule):
         self.save_hyperparameters(logger=False)
         check_switches(negatives, queue_size, num_queues, symmetric, dense_weight)
         self.temperature = temperature
+        # Added to the step that the schedules see. A run that resumes with other images needs it.
+        self.schedule_offset = 0
         self.symmetric = symmetric
         self.dense_weight = dense_weight
         self.mask_own_group = mask_own_group
@@ -450,12 +452,13 @@ class MoCo(pl.LightningModule):
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of an optimizer step, counted from 0."""
         settings = self.hparams["optimizer"]
+        step += self.schedule_offset
         return learning_rate_at(step, self.num_steps, self.steps_per_epoch, **settings)
 
     def key_momentum_at(self, step: int) -> float:
         """Return m of an optimizer step, counted from 0."""
         return key_momentum_at(
-            step,
+            step + self.schedule_offset,
             self.num_steps,
             self.hparams["key_momentum"],
             self.hparams["key_momentum_end"],

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -41,16 +42,27 @@ SETTINGS_AS_DICTS: list[Any] = [
 ]
 
 
+DISK_MARGIN = 1.05
+"""A checkpoint may become so much larger than the one before."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write Lightning's checkpoints atomically; the old ``last.ckpt`` becomes ``previous.ckpt``."""
+    """Write Lightning's checkpoints atomically; the old ``last.ckpt`` becomes ``previous.ckpt``.
+
+    The old one is kept only if the disk has room for the next checkpoint then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_said = False
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         path = Path(path)
         previous = None
-        if path.name == LAST_CHECKPOINT.name:
-            previous = path.with_name(PREVIOUS_CHECKPOINT.name)
+        if path.name == LAST_CHECKPOINT.name and path.is_file():
+            previous = self._name_of_old(path)
         try:
             write_atomically(path, lambda file: torch.save(checkpoint, file), keep=previous)
         except RuntimeError as error:
@@ -58,6 +70,38 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
+
+    def _name_of_old(self, path: Path) -> Path | None:
+        """Return the name under which the old file at `path` stays, or None without room for it.
+
+        Without room, the one that was kept so far is removed before the new one is written.
+        """
+        previous = path.with_name(PREVIOUS_CHECKPOINT.name)
+        size = path.stat().st_size
+        free = shutil.disk_usage(path.parent).free
+        # The old file and two new ones: this one, and the next one before it has its name.
+        room = free + (previous.stat().st_size if previous.is_file() else 0)
+        if room >= 2 * DISK_MARGIN * size:
+            return previous
+        previous.unlink(missing_ok=True)
+        if not self.is_said:
+            self.is_said = True
+            log.warning(
+                "%s is not kept: a checkpoint has %s, and the disk has only %s left",
+                previous,
+                in_bytes(size),
+                in_bytes(free),
+            )
+        return None
+
+
+def in_bytes(size: int) -> str:
+    """Return a size as text, such as ``1.2 GB``."""
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
+    if size < 1e9:
+        return f"{size / 1e6:.0f} MB"
+    return f"{size / 1e9:.1f} GB"
 
 
 def sound_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 # compute, not what.
 FREE_KEYS = (
     "resume",
+    "resume_changed_data",
     "logger",
     "trainer.accelerator",
     "trainer.benchmark",
@@ -60,19 +61,25 @@ def completed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
     return result
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Return ``key: old there, new here`` for each dotted key that must not differ but does."""
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the old and the new value of each dotted key that must not differ but does."""
     old = flattened(there)
     new = flattened(here)
-    found = []
+    found = {}
     for key in sorted(old.keys() | new.keys()):
         is_free = key in FREE_KEYS or key.startswith(FREE_GROUPS)
         is_same = old.get(key) == new.get(key)
         if key in PATHS:
             is_same = is_same or absolute(old.get(key)) == absolute(new.get(key))
         if not is_free and not is_same:
-            found.append(f"{key}: {old.get(key)} there, {new.get(key)} here")
+            found[key] = (old.get(key), new.get(key))
     return found
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return ``key: old there, new here`` for each key of `differing`."""
+    found = differing(there, here)
+    return [f"{key}: {old} there, {new} here" for key, (old, new) in found.items()]
 
 
 def absolute(path: Any) -> Any:

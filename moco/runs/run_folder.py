@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -106,7 +106,10 @@ def is_finished(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, 
 
 @contextmanager
 def claimed(
-    folder: Path, config: Mapping[str, Any], files: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    config: Mapping[str, Any],
+    files: Mapping[str, str] = MappingProxyType({}),
+    check: Callable[[], object] = lambda: None,
 ) -> Iterator[None]:
     """Hold `folder` for this process alone inside the ``with`` block.
 
@@ -117,6 +120,8 @@ def claimed(
         folder: the run folder.
         config: the run's config as plain data.
         files: further texts for the folder's ``.hydra``, by name.
+        check: called before anything is written, while no other process can write. What it raises
+            leaves the folder as it was.
 
     Raises:
         InputError: another process holds the folder.
@@ -125,6 +130,7 @@ def claimed(
     with locked(folder / LOCK, str(folder), "; choose another hydra.run.dir=PATH"):
         for place in (folder, folder / LAST_CHECKPOINT.parent, folder / LOCK.parent):
             remove_half_written(place)
+        check()
         write_config(folder, config)
         for name, text in files.items():
             (folder / CONFIG).with_name(name).write_text(text, encoding="utf-8")

@@ -25,6 +25,7 @@ from moco.data.files.images import (
     pillow_warnings_ignored,
 )
 from moco.data.files.listing import list_images
+from moco.data.files.text_files import read_text
 from moco.data.sources.arrays import torchvision_dataset
 from moco.data.sources.folders import (
     TRAINING_FOLDERS,
@@ -106,6 +107,7 @@ def build_segmentation_source(
     class_names: Sequence[str] | None = None,
     ignore_index: int = 255,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    is_trained_on: bool = True,
 ) -> SegmentationSource:
     """Return the dataset `name`, with every pair of files checked.
 
@@ -118,11 +120,13 @@ def build_segmentation_source(
         class_names: None: the dataset's own, or the numbers.
         ignore_index: the number of pixels that have no class.
         max_image_pixels: an image or mask with more pixels is refused.
+        is_trained_on: False: the dataset is only measured. A folder without a part for training
+            is then held out as a whole.
 
     Raises:
         InputError: the dataset cannot be used. The message names the file or the key.
     """
-    listing = list_files(name, root, download)
+    listing = list_files(name, root, download, is_trained_on=is_trained_on)
     # Names decide the number of classes. Without names the masks do, further below.
     names, names_origin = listing.class_names, listing.names_origin
     if class_names:
@@ -140,7 +144,15 @@ def build_segmentation_source(
         time.monotonic() - started,
     )
     train_numbers = sorted(set().union(*numbers[:num_train]))  # in the masks to train on
-    check_two_classes(root, train_numbers, ignore_index)
+    if is_trained_on:
+        check_two_classes(root, train_numbers, ignore_index)
+    if not any(numbers[num_train:]):
+        log.warning(
+            "data.root=%s: no pixel of the held-out masks has a class, all are "
+            "data.ignore_index=%d; the figures of this dataset are null",
+            root,
+            ignore_index,
+        )
     largest = [max(of_mask, default=0) for of_mask in numbers]
     if not names:
         if num_classes is None:
@@ -149,7 +161,8 @@ def build_segmentation_source(
         names = list(map(str, range(num_classes)))
         names_origin = "data.num_classes"
     check_classes(pairs, largest, len(names), names_origin)
-    warn_of_unseen_classes(names, train_numbers, ignore_index)
+    if is_trained_on:
+        warn_of_unseen_classes(names, train_numbers, ignore_index)
     if ignore_index < len(names):
         log.warning(
             "the class %s is left out, because its number is data.ignore_index=%d",
@@ -164,7 +177,9 @@ def build_segmentation_source(
     )
 
 
-def list_files(name: str | None, root: Any, download: bool) -> Listing:
+def list_files(
+    name: str | None, root: Any, download: bool, *, is_trained_on: bool = True
+) -> Listing:
     """List the files of the dataset `name`.
 
     Raises:
@@ -176,7 +191,7 @@ def list_files(name: str | None, root: Any, download: bool) -> Listing:
         raise InputError(f"data.root={root}: expected the dataset's folder; give data.root=PATH")
     if name == "voc2012":
         return list_voc2012(root, download)
-    return list_segmentation_folder(root)
+    return list_segmentation_folder(root, is_trained_on=is_trained_on)
 
 
 def check_class_names(names: Sequence[str], origin: str, num_classes: int | None) -> None:
@@ -188,13 +203,14 @@ def check_class_names(names: Sequence[str], origin: str, num_classes: int | None
         raise InputError(f"data.num_classes={num_classes}: {origin} has {len(names)} names")
 
 
-def list_segmentation_folder(root: str) -> Listing:
+def list_segmentation_folder(root: str, *, is_trained_on: bool = True) -> Listing:
     """List images below root/images and their masks below root/masks.
 
     A mask has the path of its image, with the ending .png. Images below images/train are for
     training; images below images/val are held out. `find_split` says what these folders may be
     called; those of the masks may have another of these names. Without images/val a tenth of the
-    images is held out. Class names stand in root/classes.txt, one a line.
+    images is held out; if nobody trains on the dataset, all are. Class names stand in
+    root/classes.txt, one a line.
 
     Raises:
         InputError: a folder is missing, an image has no mask, or a mask has no image.
@@ -209,14 +225,19 @@ def list_segmentation_folder(root: str) -> Listing:
             )
     # Only the folders below images decide.
     split = find_split(images, has_classes=False)
-    if split.validation and not split.train:
+    if split.validation and not split.train and is_trained_on:
         raise InputError(
             f"data.root={root}: there is a folder images/{split.validation}, but none to "
             f"train on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
         )
-    pairs = pair_files(*parts_of(split.train, images, masks, TRAINING_FOLDERS))
     names_file = Path(root, "classes.txt")
     names = read_class_names(names_file)
+    if not is_trained_on:
+        part = parts_of(split.validation, images, masks, VALIDATION_FOLDERS)
+        measured = list(pair_files(*part).values())
+        # The pixels of one image decide how all are read.
+        return Listing(measured[:1], measured, names, str(names_file))
+    pairs = pair_files(*parts_of(split.train, images, masks, TRAINING_FOLDERS))
     if not split.validation:
         return Listing(*hold_out_a_tenth(pairs), names, str(names_file))
     held_out = pair_files(*parts_of(split.validation, images, masks, VALIDATION_FOLDERS))
@@ -250,12 +271,8 @@ def read_class_names(path: Path) -> list[str]:
     """
     if not path.is_file():
         return []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     # Empty lines at the end are no names. An empty line before a name would shift the numbers.
-    names = list(map(str.strip, text.rstrip().splitlines()))
+    names = list(map(str.strip, read_text(path).rstrip().splitlines()))
     if "" in names:
         number = names.index("") + 1
         raise InputError(f"{path}: line {number} is empty; expected a class name in every line")

@@ -29,7 +29,8 @@ def segmentation_figures(confusion: Tensor, class_names: Sequence[str]) -> dict[
 
     ``segment/iou/NAME`` is the intersection over union of one class, or None if the class is
     neither in the masks nor predicted. ``segment/miou`` is the mean over the other classes.
-    ``segment/pixel_accuracy`` is the fraction of pixels that are right.
+    ``segment/pixel_accuracy`` is the fraction of pixels that are right. Both are None if no pixel
+    was counted.
 
     Args:
         confusion: see `confusion_matrix`.
@@ -40,10 +41,10 @@ def segmentation_figures(confusion: Tensor, class_names: Sequence[str]) -> dict[
     # both, so they are subtracted once.
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - right
     class_ious = right / union  # NaN for a class that is nowhere
-    figures: dict[str, float | None] = {
-        "segment/miou": float(class_ious.nanmean().nan_to_num()),
-        "segment/pixel_accuracy": float(right.sum() / confusion.sum().clamp(min=1)),
-    }
+    figures: dict[str, float | None] = {"segment/miou": None, "segment/pixel_accuracy": None}
+    if confusion.sum() > 0:
+        figures["segment/miou"] = float(class_ious.nanmean())
+        figures["segment/pixel_accuracy"] = float(right.sum() / confusion.sum())
     for name, iou in zip(class_names, class_ious.tolist(), strict=True):
         figures[f"segment/iou/{name}"] = None if math.isnan(iou) else iou
     return figures

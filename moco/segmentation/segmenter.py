@@ -53,6 +53,8 @@ class Segmenter(pl.LightningModule):
         head = build_decoder(backbone=net, num_classes=num_classes, **decoder)
         self.model = SegmentationModel(net, head, freeze_backbone)
         self.num_classes = num_classes
+        self.schedule_offset = 0
+        """Added to the step that the schedule sees, see `ResumedSchedule`."""
         self.ignore_index = ignore_index
 
     def forward(self, images: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class Segmenter(pl.LightningModule):
         """Return the decoder's learning rate at an optimizer step, counted from 0."""
         settings = self.hparams["optimizer"]
         return fine_tuning_lr_at(
-            step,
+            step + self.schedule_offset,
             self.num_steps,
             lr=settings["lr"],
             schedule=settings["schedule"],

@@ -19,6 +19,7 @@ from moco.weights.library_names import counterpart, to_timm, to_torchvision
 
 ENDINGS = {
     "safetensors": (".safetensors",),
+    "smp": (".pt", ".pth", ".safetensors"),
     "timm": (".pt", ".pth", ".safetensors"),
     "torchvision": (".pt", ".pth", ".safetensors"),
 }
@@ -56,6 +57,7 @@ def export_content(
         if file_format == "timm":
             weights = to_timm(backbone, image_size)
         else:
+            # smp's encoders are torchvision's ResNets without the classifier.
             weights = to_torchvision(backbone, image_size)
     if output.suffix == ".safetensors":
         return as_safetensors(weights, {})
@@ -85,6 +87,8 @@ def loading_lines(
 ) -> list[str]:
     """Return Python lines that load the file into a model without classifier.
 
+    For smp it is a model that segments, whose encoder gets the weights.
+
     Args:
         settings: the arguments of `build_backbone` that the backbone was made with.
         image_size: side of the images, px.
@@ -99,7 +103,15 @@ def loading_lines(
         name = backbone.model
     else:
         name = counterpart(settings, file_format)
-    if file_format == "timm":
+    module = "model"
+    if file_format == "smp":
+        module = "model.encoder"
+        lines = [
+            "import segmentation_models_pytorch as smp, torch",
+            f'model = smp.Unet("{name}", encoder_weights=None, '
+            f"in_channels={bands_of(backbone)}, classes=2)",
+        ]
+    elif file_format == "timm":
         arguments = {"num_classes": 0} | timm_arguments(backbone, image_size)
         lines = ["import timm, torch", f'model = timm.create_model("{name}", {listed(arguments)})']
     else:
@@ -109,7 +121,7 @@ def loading_lines(
         weights = f"load_file({path})"
     else:
         weights = f"torch.load({path}, weights_only=True)"
-    return [*lines, f"model.load_state_dict({weights}, strict=True)"]
+    return [*lines, f"{module}.load_state_dict({weights}, strict=True)"]
 
 
 def timm_arguments(backbone: Any, image_size: int) -> dict[str, Any]:

@@ -31,6 +31,8 @@ Weights = dict[str, Tensor]
 
 # torchvision has a class for vit_small, but no such name. Its other names are ours.
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
+# segmentation_models_pytorch takes all other networks from timm, by names that begin with tu-.
+SMP_ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TIMM_MODELS = {
     **{name: name for name in RESNETS},
     "swin_t": "swin_tiny_patch4_window7_224",
@@ -70,7 +72,7 @@ def counterpart(settings: dict[str, Any], library: str) -> str:
 
     Args:
         settings: the arguments of `build_backbone`.
-        library: ``torchvision`` or ``timm``.
+        library: ``torchvision``, ``timm`` or ``smp`` (segmentation_models_pytorch).
 
     Raises:
         InputError: the library has no such model.
@@ -79,6 +81,12 @@ def counterpart(settings: dict[str, Any], library: str) -> str:
     stem = settings.get("stem") or "imagenet"
     if name in TIMM_MODELS and stem != "imagenet":
         name += f" with stem={stem}"
+    if library == "smp" and name not in SMP_ENCODERS:
+        raise InputError(
+            f"format=smp: {name} is none of the encoders of segmentation_models_pytorch that have "
+            f"weights of their own ({', '.join(SMP_ENCODERS)}, with stem=imagenet); moco.segment "
+            "trains decoders on every backbone"
+        )
     if name not in TIMM_MODELS:
         raise InputError(
             f"format={library}: {library} has no {name}; "

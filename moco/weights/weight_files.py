@@ -45,6 +45,8 @@ ZIP_START = b"PK\x03\x04"
 # DistributedDataParallel and torch.compile put these before the names of the model they wrap.
 WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
 LONGEST_LIST = 6  # names in a line of the log
+# The settings of the data that say how files become pixels.
+OF_PIXELS = ("bands", "value_range", "nodata", "dicom_window")
 
 
 @contextmanager
@@ -110,17 +112,17 @@ def read_weight_file(path: str, source: str, backbone: nn.Module | None = None) 
 
 
 def from_checkpoint(content: dict[str, Any], source: str) -> WeightFile:
-    """Return the content of a checkpoint of moco.train.
+    """Return the content of a checkpoint of moco.train, or the backbone in one of moco.segment.
 
     Raises:
-        InputError: another program of ours wrote it, or a part is missing.
+        InputError: a part is missing.
     """
     check_parts(content, source, CHECKPOINT_PARTS)
     hyper_parameters = content["hyper_parameters"]
-    if "decoder" in hyper_parameters:
-        raise InputError("written by moco.segment; expected a checkpoint of moco.train")
     if not isinstance(hyper_parameters.get("backbone"), dict):
         raise InputError("not written by moco.train (its hyper_parameters have no backbone)")
+    if "decoder" in hyper_parameters:
+        return from_segmenter(content)
     epoch = content["figures"].get("epoch", 0)
     return WeightFile(
         origin=f"a checkpoint of moco.train, epoch {epoch}",
@@ -130,6 +132,35 @@ def from_checkpoint(content: dict[str, Any], source: str) -> WeightFile:
         step=content["global_step"],
         settings=hyper_parameters["backbone"],
         hyper_parameters=hyper_parameters,
+    )
+
+
+def from_segmenter(content: dict[str, Any]) -> WeightFile:
+    """Return the fine-tuned backbone in a checkpoint of moco.segment."""
+    learned = content["hyper_parameters"]
+    epoch = content["figures"].get("epoch", 0)
+    of_run = content["config"].get("data", {})
+    about_images: dict[str, Any] = {"image_size": learned["image_size"]}
+    for key in OF_PIXELS:
+        if of_run.get(key) is not None:
+            about_images[key] = of_run[key]
+    log.info(
+        "a checkpoint of moco.segment, epoch %s: its fine-tuned backbone is used, without the "
+        "decoder (moco.evaluate evaluation=segmentation measures both)",
+        epoch,
+    )
+    weights = part_of(content["state_dict"], "model.backbone.")
+    return WeightFile(
+        origin=f"a checkpoint of moco.segment, epoch {epoch}",
+        weights={BACKBONE + name: tensor for name, tensor in weights.items()},
+        config={
+            "data": about_images,
+            "augmentation": {"mean": learned["mean"], "std": learned["std"]},
+        },
+        epoch=epoch,
+        step=content["global_step"],
+        settings=learned["backbone"],
+        encoder=content["config"].get("encoder", "query"),
     )
 
 

@@ -6,7 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moco.cli.checks import check_deterministic, check_deterministic_segmentation, check_same_images
+from moco.cli.checks import (
+    advise_window,
+    check_deterministic,
+    check_deterministic_segmentation,
+    check_same_images,
+)
 from moco.config.train import TrainerConfig
 from moco.data.sources.shards import ShardedImages
 from moco.errors import InputError
@@ -27,6 +32,27 @@ def identity_of(images, monkeypatch):
 
 def sharded(shards, num_images):
     return ShardedImages(shards, num_images, num_streams=1, shuffle_buffer=1, max_image_pixels=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "said"),
+    [
+        ("swin_v2_t", 256, "backbone.window_size=8"),  # its window is 7
+        ("swin_v2_t", 224, None),
+        ("swin_t", 64, "backbone.window_size=8"),
+        ("resnet18", 224, None),
+    ],
+)
+def test_a_window_that_fits_the_images_is_advised(name, image_size, said, caplog):
+    caplog.set_level("INFO")
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    advise_window(backbone, image_size)
+    if said is None:
+        assert not caplog.messages
+    else:
+        (message,) = caplog.messages
+        assert f": {said} computes" in message
 
 
 def test_processes_with_other_shards_or_another_number_do_not_see_the_same(monkeypatch):

@@ -36,6 +36,19 @@ def test_the_folders_decide_the_split_and_the_masks_the_number_of_classes(shapes
     assert source.train.sizes.tolist() == [[SIDE, SIDE]] * 8
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_class_names_have_no_byte_order_mark(encoding, shapes):
+    (shapes / "classes.txt").write_bytes("sky\r\ndisc\r\nsquare\r\n".encode(encoding))
+    assert source_of(shapes).class_names == ("sky", "disc", "square")
+
+
+def test_held_out_masks_without_a_class_are_said(shapes, caplog):
+    for path in (shapes / "masks" / "val").iterdir():
+        save(path, np.full((SIDE, SIDE), 255, np.uint8))
+    source_of(shapes)
+    assert "no pixel of the held-out masks has a class" in caplog.text
+
+
 def held_out_names(source):
     return {source.validation.name(row) for row in range(len(source.validation))}
 
@@ -226,7 +239,7 @@ def spoil(mistake, shapes):
     elif mistake == "empty name":
         names.write_text("a\n\nb\n")
     elif mistake == "no text":
-        names.write_bytes(b"\xff\xfe")
+        names.write_bytes(b"stra\xdfe")
     elif mistake == "names twice":
         return {"class_names": ["a", "b", "a"]}
     elif mistake == "no class":
@@ -271,7 +284,7 @@ MISTAKES = {
     ),
     "names and number": "data.num_classes=5: {root}/classes.txt has 3 names",
     "empty name": "{root}/classes.txt: line 2 is empty; expected a class name in every line",
-    "no text": "{root}/classes.txt: cannot be read as UTF-8 text ('utf-8' codec ...",
+    "no text": "{root}/classes.txt: cannot be read as text in UTF-8 or UTF-16 ('utf-8' codec ...",
     "names twice": "data.class_names: the class name a occurs twice",
     "no class": (
         "data.root={root}: the training masks hold the numbers [] besides data.ignore_index=255; "

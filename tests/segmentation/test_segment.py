@@ -407,11 +407,19 @@ def test_a_pretrained_swin_is_fine_tuned_in_other_windows(fine_tuned, swin):
     assert 0 < change.abs().max() < 0.02
 
 
-def test_a_checkpoint_of_segmentation_is_no_pretraining(fine_tuned, shapes, tmp_path):
+def test_the_backbone_of_a_segmenter_is_loaded_like_any_other(fine_tuned, caplog):
+    caplog.set_level("INFO")
     path = fine_tuned / "checkpoints/last.ckpt"
-    message = r"last.ckpt: written by moco.segment; expected a checkpoint of moco.train"
-    with pytest.raises(InputError, match=message):
-        run(config_of(shapes, f"checkpoint={path}"), tmp_path / "next")
+    pretrained = load_pretrained(str(path), "query", {}, feature=None)
+    assert "its fine-tuned backbone is used, without the decoder" in caplog.text
+    weights = last_checkpoint(fine_tuned)["state_dict"]
+    for name, tensor in pretrained.encoder.backbone.state_dict().items():
+        assert torch.equal(tensor, weights[f"model.backbone.{name}"])
+    assert pretrained.encoder.backbone.window_size == (5,) * 4
+    assert (
+        pretrained.config["data"]["image_size"]
+        == last_checkpoint(fine_tuned)["hyper_parameters"]["image_size"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*")
@@ -573,3 +581,53 @@ def test_the_program_sweeps_and_a_mistake_is_one_line_and_exit_code_2(shapes, tm
     jobs = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/status.json")]
     assert sorted(job["exit_code"] for job in jobs) == [0, 2]
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 1
+
+
+def evaluated(path, folder, *overrides):
+    """The figures of `moco.evaluate evaluation=segmentation`."""
+    from moco.config.pretrained import EvaluateConfig
+    from moco.evaluate import run as evaluate
+
+    overrides = [f"checkpoint={path}", "evaluation=segmentation", *overrides]
+    evaluate(composed("evaluate", EvaluateConfig, *overrides, "accelerator=cpu"), folder)
+    return figures_in(folder)
+
+
+def test_a_finished_run_is_measured_again_without_training(trained, shapes, tmp_path):
+    folder, figures = trained
+    path = folder / "checkpoints" / "last.ckpt"
+    again = evaluated(path, tmp_path / "again")
+    for key in ("segment/miou", "segment/pixel_accuracy", "segment/iou/disc", "segment/num_images"):
+        assert again[key] == figures[key]
+    slide = evaluated(path, tmp_path / "slide", "evaluation.inference=slide", "data.image_size=24")
+    assert slide["segment/inference"] == "slide"
+    assert 0 < slide["segment/miou"] != figures["segment/miou"]
+    # A folder that is not divided is measured whole, also if it holds one class.
+    for number in range(3):
+        save(tmp_path / "other" / "images" / f"{number}.png", np.zeros((32, 32, 3), np.uint8))
+        save(tmp_path / "other" / "masks" / f"{number}.png", np.zeros((32, 32), np.uint8))
+    other = evaluated(
+        path, tmp_path / "out", "data=segmentation_folder", f"data.root={tmp_path}/other"
+    )
+    assert other["segment/num_images"] == 3
+    (tmp_path / "other" / "classes.txt").write_text("sky\ndisc\nsquare\n")
+    with pytest.raises(InputError, match="class 0 is sky, but the model learned it as wall"):
+        evaluated(path, tmp_path / "no", f"data.root={tmp_path}/other")
+
+
+def test_another_inference_of_a_finished_run_names_the_command_that_measures(trained, shapes):
+    folder, _ = trained
+    same = [*FROM_SCRATCH, "trainer.max_epochs=10", "data.class_names=[wall,disc,square]"]
+    with pytest.raises(InputError) as error:
+        run(config_of(shapes, *same, "inference=slide"), folder)
+    assert "inference: whole there, slide here" in str(error.value)
+    path = folder / "checkpoints" / "last.ckpt"
+    assert str(error.value).endswith(
+        f"python -m moco.evaluate checkpoint={path} evaluation=segmentation "
+        "evaluation.inference=slide"
+    )
+
+
+def test_only_segmenters_are_measured_as_segmenters(swin, tmp_path):
+    with pytest.raises(InputError, match="and this one has no decoder; evaluation=dense"):
+        evaluated(swin, tmp_path)

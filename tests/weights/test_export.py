@@ -1,6 +1,7 @@
 """moco.export, and the attention windows that evaluate and export change."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 
@@ -151,6 +152,36 @@ def test_the_printed_lines_load_a_swin_v2_with_its_windows(
     assert agree(loaded_as_printed(printed), backbone, size, tolerance)
     assert f"{size} px" in printed  # the images in proportion to the window
     assert "note:" not in printed
+
+
+# Of the encoders of segmentation_models_pytorch 0.6.0, with three and four bands: the number of
+# their tensors, and a digest of the sorted lines "NAME SHAPE".
+SMP_ENCODERS = {
+    ("resnet18", 3): (120, "4e568edc4263de83"),
+    ("resnet18", 4): (120, "38f563742647c879"),
+    ("resnet50", 3): (318, "1e375f1394f2e3a3"),
+}
+
+
+@pytest.mark.parametrize(("name", "bands"), SMP_ENCODERS)
+def test_the_names_for_smp_are_those_of_its_encoders(name, bands, tmp_path):
+    settings = {"name": name} if bands == 3 else {"name": name, "in_channels": bands}
+    path = tmp_path / "encoder.pth"
+    backbone = build_backbone(**settings)
+    path.write_bytes(export_content("smp", path, backbone, settings, {"image_size": 64}))
+    weights = torch.load(path, weights_only=True)
+    names = sorted(f"{key} {tuple(tensor.shape)}" for key, tensor in weights.items())
+    digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+    assert (len(weights), digest) == SMP_ENCODERS[name, bands]
+    lines = loading_lines("smp", path, backbone, settings, 64)
+    assert f'smp.Unet("{name}", encoder_weights=None, in_channels={bands}, classes=2)' in lines[1]
+    assert lines[-1].startswith("model.encoder.load_state_dict(torch.load(")
+
+
+def test_backbones_that_smp_takes_from_timm_are_refused(tmp_path):
+    settings = {"name": "wide_resnet50_2"}
+    with pytest.raises(InputError, match="format=smp: wide_resnet50_2 is none of the encoders"):
+        export_content("smp", tmp_path / "x.pth", None, settings, {"image_size": 64})
 
 
 @pytest.mark.slow
@@ -339,7 +370,7 @@ def test_mistakes_are_one_line(
             {"random_states": []}
             | {key: {} for key in ("state_dict", "config", "figures")}
             | {"hyper_parameters": {"decoder": {}}, "global_step": 0},
-            "written by moco.segment; expected a checkpoint of moco.train",
+            "not written by moco.train (its hyper_parameters have no backbone)",
         ),
     ],
 )
@@ -386,7 +417,7 @@ def test_the_config_composes_and_names_what_is_missing():
         (
             ["checkpoint=x", "output=y", "format=tim"],
             "format: unknown value 'tim'; did you mean 'timm'? "
-            "(choices: safetensors, timm, torchvision)",
+            "(choices: safetensors, smp, timm, torchvision)",
         ),
     ):
         with pytest.raises(InputError) as error:

@@ -6,6 +6,7 @@ classes with a 1.
 """
 
 import csv
+import io
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import numpy as np
 
 from moco.data.files.formats import FORMAT_OF_ENDING
 from moco.data.files.listing import ending_of
+from moco.data.files.text_files import read_text
 from moco.data.sources.label_sets import numbered_sets
 from moco.errors import InputError, printable
 
@@ -185,24 +187,23 @@ def read_table(path: str, finder: ImageFinder) -> Table:
     """Read the cells of a file, without empty lines and without spaces around the cells.
 
     Raises:
-        InputError: it is no text in UTF-8, has no lines, or lines of several lengths.
+        InputError: it is no text, has no lines, or lines of several lengths.
     """
+    file = io.StringIO(read_text(path), newline="")
+    first = file.readline()
+    file.seek(0)
+    separator = max(SEPARATORS, key=first.count)
+    rows = []
+    line_numbers = []
     try:
-        # utf-8-sig: programs of Microsoft begin a file with a mark.
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            separator = max(SEPARATORS, key=first.count)
-            rows = []
-            line_numbers = []
-            lines = csv.reader(file, delimiter=separator, strict=True)
-            for number, line in enumerate(lines, start=1):
-                row = [cell.strip() for cell in line]
-                if any(row):
-                    rows.append(row)
-                    line_numbers.append(number)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: no table of text in UTF-8 ({printable(str(error))})") from error
+        lines = csv.reader(file, delimiter=separator, strict=True)
+        for number, line in enumerate(lines, start=1):
+            row = [cell.strip() for cell in line]
+            if any(row):
+                rows.append(row)
+                line_numbers.append(number)
+    except csv.Error as error:
+        raise InputError(f"{path}: no table of text ({printable(str(error))})") from error
     if not rows:
         raise InputError(f"{path}: empty; {EXPECTED}")
     width = len(rows[0])

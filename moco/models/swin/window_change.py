@@ -103,3 +103,23 @@ def suggest_window(
     for window in range(smallest, largest + 1):
         suggestions.append(WindowSuggestion(window, image_size, patch_size))
     return min(suggestions, key=cost)
+
+
+def fitting_window(image_size: int, window_size: int, patch_size: int = 4) -> WindowSuggestion:
+    """Return the window of about the same size with the least padding, for a new pretraining.
+
+    Args:
+        image_size: side of the images, px.
+        window_size: side of the window that it replaces, cells. It may be up to 40 % smaller or
+            larger.
+        patch_size: px.
+    """
+
+    def cost(suggestion: WindowSuggestion) -> tuple[float, int]:
+        return round(suggestion.padding, 3), abs(suggestion.window_size - window_size)
+
+    smallest = max(2, math.ceil(0.6 * window_size))
+    largest = min(math.floor(1.4 * window_size), MAX_WINDOW_SIZE)
+    windows = {window_size, *range(smallest, largest + 1)}
+    suggestions = [WindowSuggestion(window, image_size, patch_size) for window in sorted(windows)]
+    return min(suggestions, key=cost)

@@ -47,8 +47,14 @@ def test_tables_as_people_have_them_are_read(table, tmp_path):
     assert labels_of(tmp_path, content) == expected
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_tables_of_spreadsheets_are_read(encoding, tmp_path):
+    content = "1.png;dog\r\n2.png;cat\r\n3.png;dog\r\n".encode(encoding)
+    assert labels_of(tmp_path, content) == DOG_CAT
+
+
 MISTAKES = {
-    "not UTF-8": (b"1.png,d\xe4\n", "no table of text in UTF-8"),
+    "not UTF-8": (b"1.png,d\xe4\n", "cannot be read as text in UTF-8 or UTF-16"),
     "empty": ("\n,\n", "empty; expected a column of image names and one of classes"),
     "a header alone": ("name,class\n", "one line; expected"),
     "one column": ("1.png\n2.png\n", "one column; expected"),
