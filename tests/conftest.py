@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from moco.errors import encodable
 from tests.processes import PATIENCE, program_environment, run_to_end
 from tests.processes import start_program as start_program  # a fixture
 from tests.warm_start import end_warm_process, run_warm
@@ -89,6 +90,14 @@ def photographs(tmp_path, generator):
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse.resize((60 + number, 90 - number), Image.Resampling.BICUBIC).save(path, quality=90)
     return root
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escape the bytes of names that are not UTF-8 in what a test logged: xdist cannot send them."""
+    report = yield
+    report.sections = [(title, encodable(text)) for title, text in report.sections]
+    return report
 
 
 def thinned(cases, every):

@@ -426,3 +426,32 @@ def test_fewer_than_one_image_per_class_is_refused(evaluated):
         InputError, match=r"evaluation.images_per_class=\[0\]: expected numbers of 1 or more"
     ):
         evaluated(images_per_class=[0])
+
+
+def several_classes(path, generator):
+    """Images whose left half is bright for class 0, and whose right half is for class 1."""
+    is_class = generator.integers(0, 2, (60, 3)).astype(np.uint8)
+    is_class[:, 2] = 0  # a class that no image has
+    noise = generator.integers(0, 60, (60, 8, 8))
+    noise[:, :, :4] += 120 * is_class[:, 0, None, None]
+    noise[:, :, 4:] += 120 * is_class[:, 1, None, None]
+    images = noise.astype(np.uint8)
+    arrays = {"train_images": images[:40], "test_images": images[40:]}
+    np.savez(path, **arrays, train_labels=is_class[:40], test_labels=is_class[40:])
+    return {"name": "npz", "root": str(path), "image_size": 8}
+
+
+def test_images_with_several_classes_have_a_mean_average_precision(evaluated, generator, tmp_path):
+    data = several_classes(tmp_path / "several.npz", generator)
+    figures, output, _ = evaluated(data=data, num_neighbors=5, plots=True)
+    assert 0.5 < figures["knn/mean_average_precision"] <= 1
+    assert 0 < figures["knn/top1"] <= 1
+    assert output.startswith("kNN mean average precision ")
+    assert "classes with the lowest average precision" in output
+    assert not (tmp_path / "out" / "confusion.npz").exists()
+    assert (tmp_path / "out" / "report" / "neighbors.png").exists()
+    for name in ("linear", "linear_official"):
+        with pytest.raises(InputError, match=f"evaluation={name} needs one class for each image"):
+            evaluated(data=data, name=name)
+    with pytest.raises(InputError, match="images_per_class needs one class"):
+        evaluated(data=data, images_per_class=[1])

@@ -70,6 +70,9 @@ class FeaturePlots:
         neighbors = pixels(neighbors_card(bank, queries, search))
         experiment.add_image(tag_of("knn/neighbors"), neighbors, step, dataformats="HWC")
 
+        # An image with several classes has no place in a confusion matrix.
+        if queries.labelled.label_sets is not None:
+            return
         chosen = evenly_spaced(np.arange(len(queries.rows)), MOST_PREDICTED)
         labels = queries.labels[chosen]
         protocol = Protocol(num_neighbors, temperature)
@@ -94,7 +97,7 @@ class FeaturePlots:
         experiment.add_embedding(
             features.round(4),
             # A tab or a newline would begin another cell of the projector's table.
-            [printable(queries.labelled.class_name(label)) for label in queries.labels[chosen]],
+            [printable(queries.labelled.label_name(label)) for label in queries.labels[chosen]],
             images,
             tag="features",
         )

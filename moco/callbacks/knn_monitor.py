@@ -47,7 +47,8 @@ class KNNMonitor(EpochMeasurement):
     Trainer there, which other callbacks can monitor.
 
     Args:
-        figures: gets ``knn/top1``, with at least five neighbours ``knn/top5``, ``knn/epoch`` and
+        figures: gets ``knn/top1``, with at least five neighbours ``knn/top5``, for images with
+            several classes each ``knn/mean_average_precision``, ``knn/epoch`` and
             the protocol. Baselines go to ``knn_raw_pixels/top1`` and to ``knn_untrained/top1``, or
             to ``knn_start/top1`` in a run that starts from given weights.
         bank: yields the batches of the labelled training images each time it is iterated over, such
@@ -132,7 +133,9 @@ class KNNMonitor(EpochMeasurement):
                 f"against a bank of {len(source.bank.labels):,}"
             )
             labels = source.queries.labels
-            lost = without_class_in_bank(source.bank.labels, labels)
+            lost = without_class_in_bank(
+                source.bank.targets_of(source.bank.labels), source.queries.targets_of(labels)
+            )
             warn_of_lost(lost, labels, source.queries, is_leave_one_out=False)
         log.info(
             f"kNN every {self.every_n_epochs} epochs: k {self.num_neighbors}, "
@@ -202,6 +205,8 @@ class KNNMonitor(EpochMeasurement):
         self.figures.pop("knn/top5", None)
         if result.top5 is not None:
             scores["knn/top5"] = result.top5
+        if result.mean_average_precision is not None:
+            scores["knn/mean_average_precision"] = result.mean_average_precision
         self.scores = scores
         self.figures |= {
             **scores,
@@ -266,7 +271,7 @@ class KNNMonitor(EpochMeasurement):
             if epoch is not None:
                 self._show(trainer, epoch, bank, queries)
             return self._classified(
-                (bank.features, bank.labels), (queries.features, queries.labels), device
+                (bank.features, bank.targets), (queries.features, queries.targets), device
             )
 
         return from_rank_zero(search)

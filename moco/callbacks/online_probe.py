@@ -11,6 +11,7 @@ from moco.callbacks.running_trainer import data_of, is_logged_step, log_scalars
 from moco.data.sources.source import DataSource
 from moco.errors import InputError
 from moco.evaluation.image_names import labels_by_name
+from moco.evaluation.knn import refuse_several_classes
 from moco.training.distributed.collectives import all_gather
 from moco.training.stopwatches import MONITORS, epoch_time
 
@@ -151,6 +152,7 @@ def training_classes(source: DataSource) -> Tensor:
     Raises:
         InputError: no training image has a class.
     """
+    refuse_several_classes(source.bank, "evaluation.online_probe=true")
     classes = labels_by_name(source.train, source.bank)
     if not (classes >= 0).any():
         raise InputError("evaluation.online_probe=true: the training images have no labels")

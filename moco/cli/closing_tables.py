@@ -104,6 +104,9 @@ def print_pretraining(run: Run, source: DataSource, num_unreadable: int) -> None
         for key, name in KNN_FIGURES.items():
             if key in figures:
                 rows.append((f"kNN top-1, {name}", f"{figures[key]:.4f}"))
+    if "knn/mean_average_precision" in figures:
+        precision = figures["knn/mean_average_precision"]
+        rows.append(("kNN mean average precision", f"{precision:.4f}"))
     if "dense/knn_miou" in figures:
         rows.append(("mIoU of kNN segmentation", shown(figures["dense/knn_miou"])))
     if "verdict" in figures:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from moco.data.sources.source import Labelled
 from moco.errors import InputError
 from moco.evaluation.neighbors import Neighbors, nearest_by_block
 
@@ -79,6 +80,8 @@ class Votes(NamedTuple):
     def top(self, num_neighbors: int) -> dict[str, float]:
         """Return ``top1``, and ``top5`` if the votes are of at least five neighbours.
 
+        With several classes for each image, also ``mean_average_precision``.
+
         Fewer neighbours cannot name five classes. Which class without a vote would be the fifth
         does not depend on the features.
 
@@ -88,6 +91,9 @@ class Votes(NamedTuple):
         shares = {"top1": self.accuracy(1)}
         if num_neighbors >= 5:
             shares["top5"] = self.accuracy(5)
+        precision = self.mean_average_precision()
+        if precision is not None:
+            shares["mean_average_precision"] = precision
         return shares
 
 
@@ -222,7 +228,7 @@ def classify_several(
 
     Returns:
         The votes of each protocol. A query is right at n if one of its classes is among its n first
-        classes. A query without a class is never right.
+        classes. Queries without a class count for the average precision alone.
     """
     num_classes = bank_classes.shape[1]
     most_neighbors = max(protocol.num_neighbors for protocol in protocols)
@@ -252,12 +258,10 @@ def votes_for(shares: np.ndarray, own: np.ndarray) -> Votes:
         shares: (queries, classes).
         own: (queries, classes) bool, the classes of the queries.
     """
-    num_classes = shares.shape[1]
-    order = np.argsort(-shares, axis=1, kind="stable")
-    is_own = np.take_along_axis(own, order, axis=1)
-    # A query without a class has a rank that no accuracy counts, as has an unknown class.
-    rank = np.where(is_own.any(axis=1), is_own.argmax(axis=1), num_classes + 5)
-    return Votes(order[:, 0], rank, average_precision(shares, own))
+    has_class = own.any(axis=1)
+    order = np.argsort(-shares[has_class], axis=1, kind="stable")
+    is_own = np.take_along_axis(own[has_class], order, axis=1)
+    return Votes(order[:, 0], is_own.argmax(axis=1), average_precision(shares, own))
 
 
 def average_precision(scores: np.ndarray, is_class: np.ndarray) -> np.ndarray:
@@ -291,6 +295,20 @@ def classes_of(labels: np.ndarray, name: str) -> np.ndarray:
             f"training images are of {len(classes)}; evaluation=label_free needs no classes"
         )
     return classes
+
+
+def refuse_several_classes(labelled: Labelled | None, setting: str) -> None:
+    """Raise InputError if the images have several classes each.
+
+    Args:
+        labelled: the images.
+        setting: what needs one class for each image.
+    """
+    if labelled is not None and labelled.label_sets is not None:
+        raise InputError(
+            f"{setting} needs one class for each image, and these have several; "
+            "evaluation=knn measures their mean average precision"
+        )
 
 
 def class_places(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:

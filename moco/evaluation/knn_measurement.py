@@ -24,6 +24,7 @@ from moco.evaluation.knn import (
     classify,
     confusion_matrix,
     knn_accuracy,
+    refuse_several_classes,
     turns_of_classes,
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
@@ -75,7 +76,7 @@ def measure_knn(subject: Subject) -> Findings:
         searches[name] = Searched(known, asked, search, own_rows)
         with phase(f"kNN: searching, {name} feature", unit=""):
             votes[name] = classify(
-                search, known.labels, asked.features, asked.labels, protocols, own_rows
+                search, known.targets, asked.features, asked.targets, protocols, own_rows
             )
     searched = searches[feature]
     grid_figures, table = grid_findings(votes, searched, settings)
@@ -86,7 +87,7 @@ def measure_knn(subject: Subject) -> Findings:
     query_labels = searched.queries.labels
     is_leave_one_out = own_rows is not None
     lost = without_class_in_bank(
-        searched.bank.labels, query_labels, is_leave_one_out=is_leave_one_out
+        searched.bank.targets, searched.queries.targets, is_leave_one_out=is_leave_one_out
     )
     warn_of_lost(lost, query_labels, searched.queries.labelled, is_leave_one_out=is_leave_one_out)
     conditions = {
@@ -128,6 +129,12 @@ def headline(main: Protocol, votes: Mapping[Protocol, Votes]) -> str:
         votes: the outcome of every protocol, of one feature.
     """
     top1 = votes[main].accuracy(1)
+    precision = votes[main].mean_average_precision()
+    if precision is not None:
+        return (
+            f"kNN mean average precision {100 * precision:.1f} %, top-1 {100 * top1:.1f} % "
+            f"(k {main.num_neighbors}, T {main.temperature:g})"
+        )
     line = f"kNN top-1 {100 * top1:.1f} % (k {main.num_neighbors}, T {main.temperature:g})"
     best = max(sorted(votes), key=lambda protocol: votes[protocol].accuracy(1))
     best_top1 = votes[best].accuracy(1)
@@ -262,6 +269,8 @@ def measure_few_labels(
     """
     settings = subject.settings
     temperature = settings["temperature"]
+    if settings["images_per_class"]:
+        refuse_several_classes(searched.bank.labelled, "evaluation.images_per_class")
     figures: dict[str, float] = {}
     rows = []
     for images_per_class in settings["images_per_class"]:
@@ -335,6 +344,14 @@ def classification_findings(
     Args:
         num_neighbors: k of a kNN vote, see `Votes.top`.
     """
+    if votes.average_precision is not None:
+        return Findings(
+            title=title,
+            scores={f"{group}/{name}": share for name, share in votes.top(num_neighbors).items()},
+            protocol={f"{group}/{name}": value for name, value in conditions.items()},
+            details=details,
+            tables=[*tables, precision_table(votes.average_precision, queries)],
+        )
     classes, confusion = confusion_matrix(queries.labels, votes.predicted)
     class_names = [queries.labelled.class_name(number) for number in classes]
     write_confusion = partial(
@@ -356,6 +373,24 @@ def classification_findings(
         headline=f"{title}: top-1 {100 * votes.accuracy(1):.1f} %",
         files={"confusion.npz": write_confusion},
     )
+
+
+def precision_table(average_precision: np.ndarray, queries: Embedded) -> Table:
+    """Return a table of the classes with the lowest average precision.
+
+    Args:
+        average_precision: (classes,), NaN for a class that no query has.
+    """
+    num_queries = queries.targets.sum(axis=0)
+    order = np.argsort(average_precision, kind="stable")  # NaN comes last
+    rows = []
+    for number in order[:NUM_WORST].tolist():
+        if num_queries[number] == 0:
+            continue
+        name = printable(queries.labelled.class_name(number))
+        rows.append([name, f"{average_precision[number]:.4f}", f"{num_queries[number]:,}"])
+    title = "classes with the lowest average precision"
+    return table_of(title, ("class", "average precision", "queries"), rows)
 
 
 def class_tables(class_names: Sequence[str], confusion: np.ndarray) -> list[Table]:

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from moco.errors import InputError
-from moco.evaluation.knn import class_places, classes_of, votes_of
+from moco.evaluation.knn import class_places, classes_of, refuse_several_classes, votes_of
 from moco.evaluation.knn_measurement import classification_findings, labelled_features
 from moco.evaluation.linear import Heads, accuracies, held_out_rows, train_heads
 from moco.evaluation.reports.embedded import Embedded
@@ -50,6 +50,7 @@ def measure_linear(subject: Subject) -> Findings:
     name = subject.data["name"]
     check_grid(settings["lrs"], settings["weight_decays"])
     bank, queries, kind = sides_of(subject, settings)
+    refuse_several_classes(bank.labelled, "evaluation=linear")
     classes = classes_of(bank.labels, name)
     warn_of_unknown(classes, queries.labels, name)
     is_held_out = hold_out(bank.labels, settings, name, settings["seed"])

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.loaders import LabelledViews
 from moco.errors import InputError, RunError
-from moco.evaluation.knn import Votes, class_places, classes_of, votes_of
+from moco.evaluation.knn import (
+    Votes,
+    class_places,
+    classes_of,
+    refuse_several_classes,
+    votes_of,
+)
 from moco.evaluation.knn_measurement import classification_findings, labelled_features
 from moco.evaluation.linear_measurement import warn_of_unknown
 from moco.evaluation.subject import Findings, Subject
@@ -141,6 +147,7 @@ def measure_linear_official(subject: Subject) -> Findings:
             f"{(~is_known).sum():,} of {len(is_known):,} training images have no label, "
             "and are not trained on"
         )
+    refuse_several_classes(labelled, "evaluation=linear_official")
     classes = classes_of(labelled.labels[is_known], name)
     views = LabelledViews(
         labelled,

@@ -21,12 +21,19 @@ def without_class_in_bank(
     The bank has no image of their class, or in leave one out no other image than the query itself.
 
     Args:
-        bank_labels: (bank size,) class numbers.
-        query_labels: (queries,) class numbers.
+        bank_labels: (bank size,) class numbers; or (bank size, classes) bool for images with
+            several classes each, of which one has to be in the bank. A query without a class does
+            not count.
+        query_labels: the same for the queries.
         is_leave_one_out: each query is in the bank, too.
     """
-    classes, counts = np.unique(bank_labels, return_counts=True)
     needed = 2 if is_leave_one_out else 1
+    if bank_labels.ndim == 2:
+        is_there = bank_labels.sum(axis=0) >= needed
+        has_class = query_labels.any(axis=1)
+        lost: np.ndarray = has_class & ~(query_labels & is_there).any(axis=1)
+        return lost
+    classes, counts = np.unique(bank_labels, return_counts=True)
     return ~np.isin(query_labels, classes[counts >= needed])
 
 
@@ -37,14 +44,14 @@ def warn_of_lost(
 
     Args:
         lost: (queries,) bool, from `without_class_in_bank`.
-        query_labels: (queries,) class numbers.
+        query_labels: (queries,) labels.
         labelled: names the classes.
         is_leave_one_out: as in `without_class_in_bank`.
     """
     if not lost.any():
         return
     classes = np.unique(query_labels[lost])
-    names = [printable(labelled.class_name(int(number))) for number in classes[:MOST_NAMED]]
+    names = [printable(labelled.label_name(int(number))) for number in classes[:MOST_NAMED]]
     if len(classes) > MOST_NAMED:
         names.append("...")
     reason = "the bank has no image of their class"

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.functional.classification import multilabel_average_precision
 
 from moco.data.sources.label_sets import is_matrix_of_classes, numbered_sets
-from moco.evaluation.knn import Protocol, average_precision, classify
+from moco.data.sources.registry import build_source
+from moco.evaluation.knn import Protocol, average_precision, classify, knn_accuracy
 from moco.evaluation.neighbors import nearest_by_block
 
 
@@ -50,7 +52,7 @@ def test_average_precision_is_that_of_torchmetrics_on_shares_by_hand(leaves_one_
         np.testing.assert_allclose(found.average_precision, expected, atol=1e-6)
         first = shares.argmax(axis=1)
         is_right = query_classes[np.arange(len(queries)), first]
-        assert found.accuracy(1) == pytest.approx(is_right.mean())
+        assert found.accuracy(1) == pytest.approx(is_right[query_classes.any(axis=1)].mean())
 
 
 def test_a_class_that_no_image_has_does_not_count():
@@ -80,3 +82,29 @@ def test_combinations_are_numbered_and_come_back():
 )
 def test_a_matrix_of_classes_has_a_row_for_each_image_of_0_and_1(labels, expected):
     assert is_matrix_of_classes(labels, 3) is expected
+
+
+def test_knn_accuracy_takes_rows_of_0_and_1():
+    bank, bank_classes = drawn()
+    queries, query_classes = drawn(40, seed=1)
+    result = knn_accuracy(bank, bank_classes, queries, query_classes, 5, 0.1)
+    shares = by_hand(bank, bank_classes, queries, 5, 0.1)
+    expected = multilabel_average_precision(
+        torch.from_numpy(shares), torch.from_numpy(query_classes).long(), 4, average="macro"
+    )
+    assert result.mean_average_precision == pytest.approx(float(expected), abs=1e-6)
+    one_class = knn_accuracy(bank, bank_classes[:, 0], queries, query_classes[:, 0], 5, 0.1)
+    assert one_class.mean_average_precision is None
+
+
+def test_a_table_gives_several_classes(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    lines = ["name,water,forest", "0,1,1", "1,0,0", "2,0,1", "3,1,0", "4,1,1", "5,0,0"]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    source = build_source("images", str(tmp_path), labels="labels.csv", held_out=0)
+    expected = [[1, 1], [0, 0], [0, 1], [1, 0], [1, 1], [0, 0]]
+    assert source.bank.class_names == ("water", "forest")
+    assert source.bank.targets_of(source.bank.labels).tolist() == np.array(expected, bool).tolist()
+    names = [source.bank.label_name(label) for label in source.bank.labels]
+    assert names == ["water + forest", "no class", "forest", "water", "water + forest", "no class"]

@@ -337,11 +337,24 @@ class Labelled:
 
     def label_name(self, label: int) -> str:
         """Return the name of the class, or the names of the classes, of an image's label."""
-        if self.label_sets is None:
+        if self.label_sets is None or label < 0:
             return self.class_name(label)
         numbers = np.flatnonzero(self.label_sets[label]).tolist()
         names = [self.class_name(number) for number in numbers]
         return " + ".join(names) or "no class"
+
+    def targets_of(self, labels: np.ndarray) -> np.ndarray:
+        """Return the class numbers of labels (rows,), or (rows, classes) bool for label sets."""
+        if self.label_sets is None:
+            return labels
+        sets: np.ndarray = self.label_sets[labels]
+        return sets
+
+    def share_a_class(self, label: int, other: int) -> bool:
+        """Return whether images with these two labels have a class in common."""
+        if self.label_sets is None or label < 0 or other < 0:
+            return label == other
+        return bool((self.label_sets[label] & self.label_sets[other]).any())
 
     def classes_there(self) -> set[int]:
         """Return the numbers of the classes that at least one image has."""

@@ -119,7 +119,7 @@ def neighbors_card(bank: Embedded, queries: Embedded, search: Search) -> "Figure
     for nearest in rows.T:
         line = []
         for query, row in zip(chosen, nearest, strict=True):
-            is_right = bank.labels[row] == queries.labels[query]
+            is_right = queries.labelled.share_a_class(queries.labels[query], bank.labels[row])
             color, caption = RIGHT, "✓"
             if not is_right:
                 color, caption = WRONG, f"✗ {name_of(bank, row, LETTERS - 2)}"

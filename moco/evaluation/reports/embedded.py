@@ -42,6 +42,11 @@ class Embedded(NamedTuple):
     rows: np.ndarray
     """(rows,) the index of each row's image in `labelled`."""
 
+    @property
+    def targets(self) -> np.ndarray:
+        """What `classify` takes: class numbers (rows,), or (rows, classes) bool."""
+        return self.labelled.targets_of(self.labels)
+
     def chosen(self, is_chosen: np.ndarray) -> "Embedded":
         """Return the rows where `is_chosen` (rows,) is true."""
         return Embedded(
@@ -49,12 +54,12 @@ class Embedded(NamedTuple):
         )
 
     def shown_class(self, number: int, most: int = LONGEST_NAME) -> str:
-        """Return the name of a class as a plot can show it, or else its number.
+        """Return the name of a label as a plot can show it, or else its number.
 
         Args:
             most: letters; a longer name is cut.
         """
-        return legible(printable(self.labelled.class_name(int(number))), most) or str(number)
+        return legible(printable(self.labelled.label_name(int(number))), most) or str(number)
 
     def unreadable(self) -> list[int]:
         """Return the indices of the images in `labelled` that have no row."""
@@ -113,7 +118,8 @@ def neighbors_plot(
             if neighbor_label < 0:
                 tiles.append(Tile(bank.thumbnail(row, THUMBNAIL), f"{cosine:.2f}"))
                 continue
-            color = RIGHT if neighbor_label == label else WRONG
+            is_right = queries.labelled.share_a_class(label, neighbor_label)
+            color = RIGHT if is_right else WRONG
             image = bank.thumbnail(row, THUMBNAIL)
             name = bank.shown_class(neighbor_label, 6)
             tiles.append(Tile(image, f"{cosine:.2f} {name}", color))

@@ -70,9 +70,12 @@ def knn_plots(
     """
     plots = {
         "neighbors.png": neighbors_of_some(searched),
-        "confusion.png": confusion_of(searched.queries, searched.queries.labels, predicted),
         "feature_maps.png": feature_maps_of_some(subject, searched.queries),
     }
+    # An image with several classes has no place in a confusion matrix.
+    if searched.queries.labelled.label_sets is None:
+        labels = searched.queries.labels
+        plots["confusion.png"] = confusion_of(searched.queries, labels, predicted)
     if views is not None:
         plots["similarities.png"] = similarities_of_views(views)
     kind = subject.settings["map"]

@@ -126,6 +126,17 @@ def test_labels_of_bank_and_queries_come_along(tmp_path, form):
         )
 
 
+def test_several_classes_of_an_image_come_along(tmp_path, generator):
+    is_class = generator.integers(0, 2, (8, 3)).astype(np.uint8)
+    images = generator.integers(0, 256, (8, 4, 4, 3)).astype(np.uint8)
+    sides = {"train_images": images[:5], "test_images": images[5:]}
+    path = tmp_path / "several.npz"
+    np.savez(path, **sides, train_labels=is_class[:5], test_labels=is_class[5:])
+    copy = build_source("packed", str(run(tmp_path, "data=npz", f"data.root={path}")))
+    for side, expected in ((copy.bank, is_class[:5]), (copy.queries, is_class[5:])):
+        assert side.targets_of(side.labels).tolist() == expected.astype(bool).tolist()
+
+
 def test_queries_that_are_trained_on_are_stored_once(tmp_path, photographs):
     source = build_source("image_folder", str(photographs), held_out=0.3)
     copy = build_source(
