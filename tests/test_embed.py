@@ -218,6 +218,7 @@ def test_an_interrupted_and_continued_run_ends_in_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.faiss", "f.npz", "run"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_the_files_are_made_is_one_line_and_no_feature_is_computed_again(
     checkpoint, tmp_path, straight, monkeypatch
 ):
@@ -248,6 +249,7 @@ def test_where_the_disk_is_read_only_another_folder_is_the_remedy(checkpoint, tm
     assert "start again, or choose another folder; what is done is kept in" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_while_it_removes_its_parts_can_be_started_again(
     checkpoint, tmp_path, straight, monkeypatch
 ):
@@ -265,6 +267,7 @@ def test_a_run_that_is_ended_while_it_removes_its_parts_can_be_started_again(
     assert not (tmp_path / "f.npz.part").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(
     checkpoint, tmp_path, straight
 ):
@@ -356,6 +359,7 @@ def test_names_that_no_encoding_has_come_back_as_paths(checkpoint, tmp_path, ima
     assert all(os.path.isfile(name) for name in found["names"].tolist())
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_images_end_the_run_early_and_a_higher_limit_goes_on(
     checkpoint, tmp_path, image_tree, caplog
 ):

@@ -103,6 +103,7 @@ def test_one_pass_gives_a_grid_with_the_protocol_beside_it(evaluated):
     assert f"{figures['knn_grid/embedding/k20/t0.1/top1']:.4f}" in printed
 
 
+@pytest.mark.slow
 def test_fewer_than_five_neighbours_leave_top5_out_of_tables_and_figures(evaluated):
     figures, printed, _ = evaluated(num_neighbors=3)
     assert "knn/top1" in printed
@@ -249,6 +250,7 @@ def test_without_a_test_part_every_image_is_classified_by_the_others(
     assert (figures["knn/bank_size"], figures["knn/num_queries"]) == (21, 21)
 
 
+@pytest.mark.slow
 def test_few_labels_are_drawn_several_times(evaluated):
     figures, printed, _ = evaluated(images_per_class=[1, 20], num_draws=3, num_neighbors=20)
     one, twenty = (figures[f"knn_few/{number}_per_class/top1"] for number in (1, 20))
@@ -267,6 +269,7 @@ def test_a_draw_holds_so_many_of_each_class(generator):
         assert (labels[rows] == label).sum() == min(10, (labels == label).sum())
 
 
+@pytest.mark.slow
 def test_an_index_that_is_not_exact_says_how_much_it_finds(evaluated):
     figures, printed, log = evaluated(index="IVF16,Flat", num_probes=4, num_neighbors=20)
     assert 0.5 < figures["knn/recall_backbone"] < 1
@@ -393,7 +396,7 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
         ),
         (
             {"name": "linear"}, {"ignore_index": 0},
-            "data.ignore_index: a setting of evaluation=dense; evaluation=linear does not have it",
+            "data.ignore_index: a setting of evaluation=dense and evaluation=segmentation; evaluation=linear does not have it",
         ),
         (
             {"num_probes": 9}, {},

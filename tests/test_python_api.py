@@ -14,6 +14,7 @@ from moco.errors import InputError
 from tests.conftest import REPOSITORY
 
 
+@pytest.mark.slow
 def test_the_documented_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "docs" / "python.md").read_text()

@@ -101,6 +101,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
                 error = queued_again(error, folder)
             return end_job(error, folder, schema)
 
+    usual_error = argparse.ArgumentParser.error
     change_hydra()
     try:
         if answer_shell(sys.argv[1:]) or answer_question(config_name, sys.argv[1:]):
@@ -123,6 +124,8 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
             error = InputError(str(error))
         sys.exit(report(error, schema)[1])
     finally:
+        # The caller may be a test, or a program with arguments of its own.
+        argparse.ArgumentParser.error = usual_error  # type: ignore[method-assign]
         # Loader processes ignore SIGTERM, and the interpreter would wait for them.
         for child in multiprocessing.active_children():
             child.kill()

@@ -81,6 +81,7 @@ def end_of_run(runner, config, monitors):
     return method.state_dict(), random_states()
 
 
+@pytest.mark.slow
 def test_a_run_with_the_monitor_has_the_weights_of_one_without(runner, halves):
     epochs = ["trainer.max_steps=-1", "trainer.max_epochs=2"]
     weights, states = end_of_run(runner, runner.config(*epochs), [])

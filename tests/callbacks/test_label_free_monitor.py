@@ -54,6 +54,7 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("kind", OF_SEVERAL_KINDS)
+@pytest.mark.slow
 def test_a_run_ends_in_the_same_bits_with_and_without_diagnostics(kind, runner, tmp_path):
     for name, how_much in (("often", OFTEN), ("never", NEVER)):
         settings = ["data.batch_size=240", *kind, *how_much]

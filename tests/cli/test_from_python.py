@@ -48,6 +48,7 @@ class Steps(Callback):
         self.steps.append(trainer.global_step)
 
 
+@pytest.mark.slow
 def test_it_trains_to_the_bits_of_the_program(tmp_path):
     result = moco.pretrain(SMALL, folder=tmp_path / "here")
     done = run_program("moco.train", *SMALL, f"hydra.run.dir={tmp_path / 'there'}", cwd=tmp_path)

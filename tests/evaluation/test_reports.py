@@ -106,6 +106,7 @@ def test_without_plots_and_label_free_figures_there_are_none(evaluated, small):
     ]
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, checkpoint):
     from moco.data.augment.views import EvaluationView, ViewPair
     from moco.data.sources.registry import build_source

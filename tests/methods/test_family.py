@@ -519,7 +519,7 @@ NARROW = ["method.projector.hidden_dim=64", "method.predictor.hidden_dim=64"]
         slow("moco_v1", SGD),
         slow("moco_v2", SGD),
         ("moco_v2_plus", SGD),
-        ("moco_v3", [*SGD, *NARROW]),
+        slow("moco_v3", [*SGD, *NARROW]),
         slow("moco_v3", [*LARS, *NARROW]),
         slow(
             "moco_v3",
@@ -531,7 +531,7 @@ NARROW = ["method.projector.hidden_dim=64", "method.predictor.hidden_dim=64"]
             ],
         ),
         ("moby", [*ADAMW, *NARROW]),
-        ("densecl", SGD),
+        slow("densecl", SGD),
         slow("moco_v1", [*SGD, "method.batch_norm=plain", ACCUMULATED]),
         slow("moco_v3", [*SGD, *NARROW, ACCUMULATED]),
         slow("moby", [*ADAMW, *NARROW, "method.batch_norm=auto"]),

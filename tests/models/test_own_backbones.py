@@ -368,6 +368,7 @@ def test_a_module_comes_back_into_a_module_or_from_a_function(my_nets, tmp_path)
 
 
 @pytest.mark.parametrize(("model", "size"), families())
+@pytest.mark.slow
 def test_a_network_of_timm_is_exported_and_comes_back(model, size, runner, tmp_path):
     path, exported = tmp_path / "last.ckpt", tmp_path / "net.pth"
     image_size = f"backbone.image_size={size}"

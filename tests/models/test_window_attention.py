@@ -127,6 +127,7 @@ def test_outputs_and_gradients_are_the_papers(version, size, window, shifted):
         assert (got - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.slow
 def test_gradients_of_the_cpu_function_are_those_of_finite_differences():
     grid = window_grid((5, 7), (3, 3), True, CPU)
     h, length, d = 2, 9, 4

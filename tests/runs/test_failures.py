@@ -309,6 +309,7 @@ def test_a_killed_loader_process_ends_the_run_with_the_checkpoint_intact(
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_the_checkpoint_intact(
     with_a_checkpoint, tmp_path, monkeypatch
 ):

@@ -92,6 +92,7 @@ BY_STEPS = ["trainer.max_epochs=9", "trainer.max_steps=13"]
         pytest.param(BY_STEPS, 1, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, monkeypatch):
     config = [*length, f"trainer.accumulate_grad_batches={accumulate}"]
     run(small(*config), tmp_path / "whole")

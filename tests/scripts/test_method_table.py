@@ -20,6 +20,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_the_one_that_conf_gives(script):
     page = script.PAGE.read_text()
     assert script.renewed(page) == page, "run python scripts/method_table.py"

@@ -235,6 +235,7 @@ def test_the_dense_parts_are_loaded(start):
     assert len(logged) == 1
 
 
+@pytest.mark.slow
 def test_solo_learns_stem_has_to_be_given(start, caplog):
     content, query, _ = solo_learn_on_cifar()
     backbone = {"name": "resnet18", "stem": "solo_cifar"}

@@ -146,6 +146,7 @@ def test_torchvisions_vit_b_16_gives_our_outputs_at_its_own_size():
     torch.testing.assert_close(model(images), backbone(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vit_agrees_at_another_size_in_both_libraries():
     backbone = randomised("vit_small")
     model = torchvision_model("vit_small", to_torchvision(backbone, 64), image_size=64)
@@ -199,6 +200,7 @@ def test_learned_positions_of_another_library_are_kept_or_refused():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_learned_positions_are_resized_to_the_backbones_grid_as_timm_does():
     theirs = supervised_vit(4)
     wider = build_backbone("vit_small", learned_positions=6).eval()

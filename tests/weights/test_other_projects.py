@@ -57,7 +57,7 @@ def quick(cases, *of_all):
     ]
 
 
-@pytest.mark.parametrize("build", quick(WITH_HEADS, moco_v2, moby, moco_v3_vit), ids=name_of)
+@pytest.mark.parametrize("build", quick(WITH_HEADS, moco_v2, moco_v3_vit), ids=name_of)
 def test_both_encoders_of_a_file_give_the_outputs_of_their_models(build, tmp_path):
     content, query, key = build()
     path = tmp_path / "x.pth"
@@ -141,6 +141,7 @@ def test_the_log_says_what_was_recognised_loaded_and_not_used(tmp_path, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_the_heads_of_a_vit_have_to_be_given(tmp_path):
     classes = pytest.importorskip("timm").models.vision_transformer
     small = classes.VisionTransformer(32, 16, embed_dim=384, depth=12, num_heads=6, num_classes=0)

@@ -77,6 +77,7 @@ def test_the_data_of_other_projects_weights_have_to_be_given(official, tmp_path)
     assert str(error.value) == f"data: missing; {path} does not say it, give data=NAME"
 
 
+@pytest.mark.slow
 def test_other_projects_weights_start_a_segmentation(official):
     path, model = official
     given = [f"checkpoint={path}", "data.root=nowhere"]
@@ -100,6 +101,7 @@ def exported(path, tmp_path, *overrides):
     return torch.load(output, weights_only=True)
 
 
+@pytest.mark.slow
 def test_other_projects_weights_are_exported_to_a_third(official, tmp_path, capsys):
     path, model = official
     with pytest.raises(InputError, match="image_size: missing"):
@@ -126,6 +128,7 @@ def test_a_swin_v2_is_exported_with_the_window_that_its_file_does_not_tell(tmp_p
     assert exported(path, tmp_path, "image_size=256", "backbone.window_size=8")
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_official_moby_code_are_exported(tmp_path, monkeypatch):
     content, _, _ = moby()
     path = tmp_path / "checkpoint.pth"

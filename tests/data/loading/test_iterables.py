@@ -69,6 +69,7 @@ def loader_of(dataset, **options):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", [Numbered, Shuffled])
+@pytest.mark.slow
 def test_a_resumed_epoch_sees_the_same_bits_for_any_number_of_workers(kind, num_workers):
     whole = epoch_of(loader_of(kind()), 1)
     stopped = loader_of(kind(), num_workers=num_workers)
