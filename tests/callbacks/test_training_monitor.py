@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from moco.callbacks.training_monitor import contrast_figures
+from moco.callbacks.training_monitor import TrainingMonitor, contrast_figures
 from moco.methods.losses import Groups
 from tests.methods.test_moco import Losses
 
