@@ -25,6 +25,8 @@ sign: the queue fills and the learning rate warms up."""
 
 LEAST_STEPS = 100
 """Before so many optimizer steps, the answer is never yes."""
+LEAST_STEPS_TO_FAIL = 50
+"""Before so many optimizer steps, the answer is never no."""
 
 SOLVED = 0.05
 """A loss below this share of that of chance means that the task is solved. If the features are no
@@ -98,7 +100,7 @@ def judge(looks: Sequence[Look], baselines: Baselines, *, is_last: bool = False)
     reasons = []
     if look.step < LEAST_STEPS:
         answers.append(NOT_YET)
-        reasons.append(f"{look.step} steps are too few to tell")
+        reasons.append(f"{said_steps(look.step)} too few to tell")
 
     spread_out = 1 / math.sqrt(look.embedding_dim)
     most = min(look.num_keys, look.embedding_dim)
@@ -136,10 +138,19 @@ def judge(looks: Sequence[Look], baselines: Baselines, *, is_last: bool = False)
         rank += f", down from {highest:.0f}"
     reasons.append(rank)
 
+    if look.step < LEAST_STEPS_TO_FAIL:
+        return Verdict(NOT_YET, reasons)
     for worst in (NO, NOT_YET):
         if worst in answers:
             return Verdict(worst, reasons)
     return Verdict(YES, reasons)
+
+
+def said_steps(number: int) -> str:
+    """Return a number of steps with its verb."""
+    if number == 1:
+        return "1 step is"
+    return f"{number} steps are"
 
 
 def judge_loss(looks: Sequence[Look], *, is_early: bool) -> tuple[str, str]:
@@ -148,7 +159,7 @@ def judge_loss(looks: Sequence[Look], *, is_early: bool) -> tuple[str, str]:
     reason = f"loss {look.loss:.2f}, chance is {look.loss_of_chance:.2f}"
     gaps = [1 - one.loss / one.loss_of_chance for one in looks[-TREND_PARTS:]]
     if sum(gaps) / len(gaps) < AT_CHANCE:
-        return (NOT_YET if is_early else NO), f"{reason}: nothing is told apart"
+        return (NOT_YET if is_early else NO), f"{reason}: no better than chance"
     if len(looks) > TREND_PARTS:
         change = look.loss - looks[-1 - TREND_PARTS].loss
         trend = "flat"

@@ -58,7 +58,7 @@ def test_the_reasons_name_figures_beside_what_to_compare_them_with():
     verdict = judge(looks, baselines)
     assert verdict.reasons[:2] == [
         "the embeddings are nearly the same (collapsed)",
-        "loss 4.86, chance is 4.86: nothing is told apart",
+        "loss 4.86, chance is 4.86: no better than chance",
     ]
     assert "kNN 96.1 %, untrained encoder 96.7 %: no clear difference" in verdict.reasons
 
@@ -85,3 +85,10 @@ def test_a_falling_rank_is_named():
     looks, baselines = run_of("healthy", has_labels=False)
     fallen = [*looks[:-1], looks[-1]._replace(rank=20.0)]
     assert judge(fallen, baselines).reasons[-1] == "effective rank 20 of 128, down from 50"
+
+
+def test_a_run_of_few_steps_has_not_failed():
+    looks, baselines = run_of("collapsed", has_labels=False)
+    few = [looks[-1]._replace(step=1)]
+    verdict = judge(few, baselines, is_last=True)
+    assert (verdict.answer, verdict.reasons[0]) == (NOT_YET, "1 step is too few to tell")
