@@ -15,6 +15,8 @@ IGNORED_WARNINGS = (
     ".*number of training batches.*smaller than the logging interval.*",
     ".*srun.*available on your system.*",
     ".*GPU available but not used.*",
+    # The log says the number of loader processes, which share the processors without harm.
+    ".*DataLoader will create .* worker processes in total.*",
     # moco.segment with freeze_backbone=true keeps the backbone in eval mode on purpose.
     ".*in eval mode at the start of training.*",
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
