@@ -168,16 +168,11 @@ def classify(
     classes, bank_classes = np.unique(bank_labels, return_inverse=True)
     own = class_places(classes, query_labels)
     most_neighbors = max(protocol.num_neighbors for protocol in protocols)
-    # The query itself may be found and is removed, so one more row is needed.
-    num_searched = most_neighbors if own_rows is None else most_neighbors + 1
     block_size = max(1, SCORES_AT_ONCE // max(len(classes), most_neighbors))
     parts: dict[Protocol, list[Votes]] = {protocol: [] for protocol in protocols}
-    num_done = 0
-    for similarities, rows in split_blocks(search(queries, num_searched), block_size):
-        block = slice(num_done, num_done + len(rows))
-        num_done += len(rows)
-        if own_rows is not None:
-            similarities, rows = without_own(similarities, rows, own_rows[block])
+    for block, similarities, rows in found_blocks(
+        search, queries, most_neighbors, own_rows, block_size
+    ):
         neighbor_classes = bank_classes[rows]
         for (k, temperature), votes in parts.items():
             scores = vote(similarities[:, :k], neighbor_classes[:, :k], len(classes), temperature)
@@ -188,6 +183,29 @@ def classify(
         rank = np.concatenate([block.rank for block in votes])
         together[protocol] = Votes(predicted, rank)
     return together
+
+
+def found_blocks(
+    search: Search,
+    queries: np.ndarray,
+    num_neighbors: int,
+    own_rows: np.ndarray | None,
+    block_size: int,
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Yield blocks of at most `block_size` queries with their neighbours, see `classify`.
+
+    Yields:
+        Which queries; and the similarities and bank rows of their neighbours, (queries, k) each.
+    """
+    # The query itself may be found and is removed, so one more row is needed.
+    num_searched = num_neighbors if own_rows is None else num_neighbors + 1
+    num_done = 0
+    for similarities, rows in split_blocks(search(queries, num_searched), block_size):
+        block = slice(num_done, num_done + len(rows))
+        num_done += len(rows)
+        if own_rows is not None:
+            similarities, rows = without_own(similarities, rows, own_rows[block])
+        yield block, similarities, rows
 
 
 def share_of_votes(
@@ -232,16 +250,11 @@ def classify_several(
     """
     num_classes = bank_classes.shape[1]
     most_neighbors = max(protocol.num_neighbors for protocol in protocols)
-    # The query itself may be found and is removed, so one more row is needed.
-    num_searched = most_neighbors if own_rows is None else most_neighbors + 1
     block_size = max(1, SCORES_AT_ONCE // (num_classes * most_neighbors))
     shares = {protocol: np.empty((len(queries), num_classes)) for protocol in protocols}
-    num_done = 0
-    for similarities, rows in split_blocks(search(queries, num_searched), block_size):
-        block = slice(num_done, num_done + len(rows))
-        num_done += len(rows)
-        if own_rows is not None:
-            similarities, rows = without_own(similarities, rows, own_rows[block])
+    for block, similarities, rows in found_blocks(
+        search, queries, most_neighbors, own_rows, block_size
+    ):
         neighbor_classes = bank_classes[rows]
         for protocol, all_shares in shares.items():
             k, temperature = protocol
