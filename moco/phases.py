@@ -188,12 +188,12 @@ def short(speed: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as ``5:12``, ``1:05:12`` or ``2d 05:12:00``."""
+    """Return a duration as ``5:12``, ``1 h 05 m`` or ``2 d 5 h``."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     if days:
-        return f"{days}d {hour:02}:{minute:02}:{second:02}"
+        return f"{days} d {hour} h"
     if hours:
-        return f"{hour}:{minute:02}:{second:02}"
+        return f"{hour} h {minute:02} m"
     return f"{minute}:{second:02}"

@@ -64,6 +64,7 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
         data: a `PretrainingData`.
         images: the result of `PretrainingData.first_images`.
     """
+    from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
     from moco.data.files.images import UnreadableImage
@@ -90,7 +91,8 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
     column_width = side + 2 * MARGIN + TEXT_WIDTH
     sheet = Image.new("RGB", (2 * column_width, len(images) * row_height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
+    # Pillow's own font has no umlauts.
+    font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)
     for row in range(len(images)):
         top = row * row_height + MARGIN
         for column, name in enumerate(columns):

@@ -106,4 +106,4 @@ def test_a_terminal_without_unicode_gets_a_bar_of_ascii():
 
 def test_durations():
     durations = [clock(seconds) for seconds in (-1, 5, 312, 3912, 90_000)]
-    assert durations == ["0:00", "0:05", "5:12", "1:05:12", "1d 01:00:00"]
+    assert durations == ["0:00", "0:05", "5:12", "1 h 05 m", "1 d 1 h"]

@@ -68,7 +68,7 @@ def test_jobs_without_labels_are_sorted_by_their_rank_and_without_that_by_their_
     names, header, order = shown(*ranks)
     assert names == ["0.2", "0.1"]
     assert [title.strip() for title in header if title] == [
-        "method.temperature", "state", "loss", "embedding rank", "message",
+        "method.temperature", "state", "loss", "embedding rank",
     ]  # fmt: skip
     assert order.startswith("sorted by embedding rank, the best first (no labels:")
     losses = [job("0.1", **{"train/loss": 2.0}), job("0.2", **{"train/loss": 1.0})]

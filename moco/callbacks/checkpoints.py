@@ -293,5 +293,5 @@ class Checkpoints(pl.callbacks.Checkpoint):
         return Interrupted(
             number,
             f"in epoch {trainer.current_epoch + 1}, step {trainer.global_step}; "
-            f"saved {self.folder / LAST_CHECKPOINT}; to go on, add {resume}",
+            f"saved {self.folder / LAST_CHECKPOINT}; to go on, repeat the command with {resume}",
         )

@@ -45,6 +45,10 @@ class HydraKeys:
     hydra: HydraConf = field(default_factory=HydraConf)
 
 
+SPACES = "'data.root=/data/my photos'"
+"""An override that the shell does not divide."""
+
+
 def report(error: BaseException, schema: type) -> tuple[str, int]:
     """Print one line about the error on stderr. Return that line and the exit code."""
     code = exit_code(error)
@@ -119,7 +123,7 @@ def explain_override(override: str, reason: str) -> str:
     start = f"cannot read the override '{override}': "
     key, equals, value = override.partition("=")
     if not equals:
-        return f"{start}{reason}; expected key=value"
+        return f"{start}expected key=value; a value with spaces needs quotes, as in {SPACES}"
     if "/" in key and "." in key:
         group, _, rest = key.partition(".")
         return f"{start}a group has no settings; did you mean {group.replace('/', '.')}.{rest}=..."

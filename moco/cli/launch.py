@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -174,11 +175,19 @@ def end_job(error: BaseException, folder: Path, schema: type) -> Failure:
     if is_sweep and not (folder / CONFIG).exists():
         write_ending(folder, error)  # for the sweep's table
     elif folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()  # Hydra made it for a run that never began
+        remove_empty(folder)  # Hydra made it for a run that never began
     if not is_sweep or isinstance(error, (Interrupted, KeyboardInterrupt)):
         sys.exit(code)
     codes.append(code)
     return Failure(code, line)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove an empty folder, and those above it that are empty then, up to the current one."""
+    with suppress(OSError):  # another program may write there now
+        while folder != Path.cwd() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
 
 
 def exit_interrupted(error: Interrupted, schema: type) -> NoReturn:

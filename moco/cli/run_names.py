@@ -116,6 +116,8 @@ def checkpoint_name(checkpoint: str | None, backbone: str | None) -> str:
     if checkpoint is None:
         return file_name([f"untrained_{backbone}"])
     path = Path(str(checkpoint))
+    if path.is_dir():  # a run folder stands for its last checkpoint
+        path = path / LAST_CHECKPOINT
     parts = [path.stem]
     folder = path.parent
     if folder.name == LAST_CHECKPOINT.parent.name:

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from moco.cli.closing_tables import print_plain
 from moco.cli.preset_choice import PRESET_FILE, Preset
 from moco.cli.run_names import key_of, parsed
 from moco.cli.training_run import Run
@@ -30,6 +31,10 @@ NUM_MEASURED = 32
 NUM_NAMED = 1000
 """So many names, evenly spaced, are looked at for the formats."""
 MOST_FORMATS = 3
+COPIED = ("run folder", "watch it")
+"""Rows that a user copies."""
+FRAME_WIDTH = 8
+"""Characters of the panel's frame and of its gaps."""
 
 
 def print_start(
@@ -54,10 +59,17 @@ def print_start(
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    below = []
     for name, text in rows:
+        # A path or command that the frame would break cannot be copied.
+        if name in COPIED and width + len(text) + FRAME_WIDTH > run.console.width:
+            below.append((name, text))
+            continue
         # As Text, brackets in a path are no markup.
         table.add_row(name, Text(printable(text)))
     run.console.print(Panel(table, title="Pretraining", title_align="left", expand=False))
+    for name, text in below:
+        print_plain(run.console, printable(f"{name}: {text}"))
 
 
 def start_rows(

@@ -234,17 +234,20 @@ def as_text(jobs: Sequence[Job]) -> str:
     for title, figure in COLUMNS.items():
         if any(figure in job.figures for job in jobs):
             columns[title] = figure
-    rows = [[*keys, "state", *columns, "message"]]
+    # In most sweeps no job has anything to say.
+    last = ["message"] if any(job.status.get("message") for job in jobs) else []
+    rows = [[*keys, "state", *columns, *last]]
     deciding = deciding_figure(jobs)
     for job in sorted_jobs(jobs, deciding):
         values = [job.overrides.get(key, "") for key in keys]
         figures = [format_figure(job.figures.get(name), name) for name in columns.values()]
-        rows.append([*values, job.state, *figures, job.status.get("message", "")])
+        messages = [job.status.get("message", "") for _ in last]
+        rows.append([*values, job.state, *figures, *messages])
     for group in groups_of_seeds(jobs):
         shared = group[0].overrides | {SEED: f"mean of {len(group)}"}
         values = [shared.get(key, "") for key in keys]
         figures = [mean_and_spread(group, name) for name in columns.values()]
-        rows.append([*values, "", *figures, ""])
+        rows.append([*values, "", *figures, *("" for _ in last)])
     return "\n".join([align(rows), *differing_settings(jobs), *order_line(deciding, columns)])
 
 

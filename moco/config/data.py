@@ -156,4 +156,5 @@ class EmbedDataConfig(PretrainedDataConfig):
     """The images that features are computed of."""
 
     num_workers: Optional[int] = setting(None, at_least=0)
-    """Loader processes. Null: 4, and none for images in memory."""
+    """Loader processes. Null: 4, or the number of cores if that is smaller; none for images in
+    memory."""

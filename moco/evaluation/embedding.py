@@ -312,7 +312,7 @@ def near_duplicates(parts: FeatureParts) -> str:
     number = int((cosines > threshold).sum())
     return (
         f"{number:,} of {len(cosines):,} images have one: a cosine above {threshold:.4f}, where "
-        f"the nearest image usually has {np.median(cosines):.4f}"
+        f"the nearest image usually has {np.median(cosines):.4f}; docs/embed.md lists the groups"
     )
 
 

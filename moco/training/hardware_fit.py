@@ -107,7 +107,10 @@ class HardwareFit(pl.Callback):
                 "trainer.cuda_graphs=true has no effect: it needs compiled encoders, one GPU, and "
                 "trainer.accumulate_grad_batches=1"
             )
-        device = f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"CPU, {threads} threads"
+        if threads == 1:
+            device = "CPU, 1 thread"
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name()
         ways = [f"{name.replace('_', ' ')}: {value}" for name, value in self.way.items()]

@@ -84,7 +84,7 @@ def test_in_a_pipe_lines_come_ever_more_rarely(bar):
     for number in range(200):
         step(bar, 2 * number + 1, 1.0)
     lines = bar.console.file.getvalue().splitlines()
-    assert lines[0] == "epoch    1/3  step 11/4000  loss 1.72  407 img/s  ETA 3:19:49"
+    assert lines[0] == "epoch    1/3  step 11/4000  loss 1.72  407 img/s  ETA 3 h 19 m"
     assert len(lines) == 5  # after about 10, 30, 70, 130 and 190 seconds
 
 

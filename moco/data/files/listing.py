@@ -183,6 +183,9 @@ class Listing:
         counts = []
         for ending, count in by_count(self.formats):
             counts.append(f"{ending} {count:,}")
+        num_left_out = num_files(self.left_out)
+        if num_left_out:
+            counts.append(f"others {num_left_out:,}")
         return f"{number:,} files: {', '.join(counts)}"
 
 

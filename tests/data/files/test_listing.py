@@ -152,7 +152,9 @@ def test_an_unknown_ending_is_an_image_if_the_first_bytes_say_so(tmp_path, monke
     monkeypatch.setattr(listing, "find_spec", lambda name: None)
     files = listed([str(tmp_path)])
     assert [os.path.basename(path) for path in files.paths] == sorted(formats)[:-2]
-    assert files.describe() == ("11 files: .0001 1, .jfif 1, .jpe 1, .svs 1, .x y 1, no ending 1")
+    assert files.describe() == (
+        "11 files: .0001 1, .jfif 1, .jpe 1, .svs 1, .x y 1, no ending 1, others 5"
+    )
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
@@ -254,7 +256,7 @@ def test_a_second_start_lists_no_folder(tree, tmp_path, monkeypatch):
     assert lists(roots, cache) == first
     kept = listed(list(map(str, roots)), cache=cache)
     assert kept.left_out == {".txt": 2}
-    assert kept.describe() == "18 files: .png 8, .jpg 2, .tif 2, .webp 2, .bmp 1, .gif 1"
+    assert kept.describe() == "18 files: .png 8, .jpg 2, .tif 2, .webp 2, .bmp 1, .gif 1, others 2"
     assert watch.count == 0
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [
         "images.npz"
