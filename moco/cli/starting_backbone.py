@@ -63,6 +63,13 @@ def find_backbone(config: SegmentConfig) -> StartingBackbone:
         settings = given
     else:
         backbone = pretrained.encoder.backbone
+        log.info(
+            "weights: the %s encoder of %s, after %d epochs and %d steps",
+            config.encoder,
+            config.checkpoint,
+            pretrained.epoch,
+            pretrained.step,
+        )
         log_window_advice(pretrained, given, image_size)
         # A patch projection that pretraining kept frozen is trained, unless it is frozen here too.
         both = pretrained.settings | {"freeze_patch_embed": given.get("freeze_patch_embed")}

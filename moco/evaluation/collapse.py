@@ -16,8 +16,8 @@ LEAST_RANK = 0.05
 has 0.25 to 0.5; with a key momentum of 0 it collapses and has 0.03."""
 
 CAUSES = (
-    "Usual causes: learning rate too high, key momentum too low, "
-    "augmentation that erases the image."
+    "Usual causes: fewer than some hundred steps of training, learning rate too high, key momentum "
+    "too low, augmentation that erases the image."
 )
 
 COLLAPSED = "COLLAPSED"

@@ -66,7 +66,8 @@ def find_checkpoint(
         if changes:
             raise InputError(
                 f"{folder} holds a run with another configuration: {'; '.join(changes)}. "
-                "Choose another folder with hydra.run.dir=PATH"
+                "Give its settings to go on with it. "
+                "Choose another folder with hydra.run.dir=PATH for a new run"
             )
     resume = config["resume"]
     # The results in the folder of a requeued job are its own.

@@ -93,7 +93,7 @@ def test_a_run_from_before_a_key_existed_is_refused_where_the_key_has_another_va
 ):
     claim(tmp_path, CONFIG, "auto")
     with_checkpoint(tmp_path)
-    with pytest.raises(InputError, match=f"another configuration: {said}. Choose"):
+    with pytest.raises(InputError, match=f"another configuration: {said}. Give"):
         claim(tmp_path, completed(now, DEFAULTS), "auto", DEFAULTS)
 
 
