@@ -102,7 +102,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
         if parts.state.num_rows == 0:
             raise InputError(f"data.root={data['root']}: no images in there")
         index = embedding.write_files(output, parts, config.index, images)
-        duplicates = embedding.near_duplicates(parts)
+        duplicates = embedding.near_duplicates(parts, output)
         remove_parts(parts_folder)
     with (
         failures_without_training_named("batch_size"),

@@ -215,7 +215,12 @@ def test_an_interrupted_and_continued_run_ends_in_the_same_bytes(
     assert not (tmp_path / "f.npz").exists()
     embed(checkpoint, tmp_path, *SMALL)
     assert bytes_of(tmp_path) == straight
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.faiss", "f.npz", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "f.duplicates.csv",
+        "f.faiss",
+        "f.npz",
+        "run",
+    ]
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The long pass of ``moco.embed``: features of every image of a dataset, batch after batch."""
 
+import csv
 import hashlib
+import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -30,6 +32,7 @@ from moco.evaluation.near_duplicates import (
     LEAST_IMAGES,
     near_duplicate_cosine,
     nearest_cosines,
+    pairs_above,
 )
 from moco.evaluation.resumable_features import FeatureParts
 from moco.phases import phase
@@ -40,6 +43,8 @@ log = logging.getLogger(__name__)
 
 # The setting `index` of a run that writes no index.
 NO_INDEX = "none"
+# The ending of the table of near-duplicates.
+DUPLICATES = ".duplicates.csv"
 # Loader processes where the settings do not say a number.
 USUAL_WORKERS = 4
 # Settings that may differ when a pass is continued: the features do not depend on them, or the
@@ -298,22 +303,49 @@ def write_index(path: Path, parts: FeatureParts, name: str) -> str:
     return f"{name}: finds {share:.1%} of the {num_neighbors} nearest"
 
 
-def near_duplicates(parts: FeatureParts) -> str:
-    """Return how many images have a near-duplicate, for the closing table.
+def near_duplicates(parts: FeatureParts, output: Path) -> str:
+    """List the near-duplicates in a table beside the features, and say how many there are.
 
     Args:
         parts: the features, of at least one image.
+        output: the file of the features.
+
+    Returns:
+        A text for the closing table.
     """
     features = parts.features()
     if len(features) < LEAST_IMAGES:
         return f"not looked for among fewer than {LEAST_IMAGES} images"
     cosines = nearest_cosines(features)
     threshold = near_duplicate_cosine(cosines)
-    number = int((cosines > threshold).sum())
-    return (
-        f"{number:,} of {len(cosines):,} images have one: a cosine above {threshold:.4f}, where "
-        f"the nearest image usually has {np.median(cosines):.4f}; docs/embed.md lists the groups"
+    meaning = (
+        f"a cosine above {threshold:.5f}, where the nearest image usually has "
+        f"{np.median(cosines):.5f}"
     )
+    with phase("near-duplicates", unit=""):
+        pairs = pairs_above(features, threshold)
+    if pairs is None:
+        number = int((cosines > threshold).sum())
+        return f"{number:,} of {len(cosines):,} images have one: {meaning}"
+    table = output.with_suffix(DUPLICATES)
+    if pairs or table.exists():
+        write_atomically(table, lambda file: file.write(table_of_pairs(pairs, parts)))
+    if not pairs:
+        return f"none: no pair has {meaning}"
+    what = "1 pair" if len(pairs) == 1 else f"{len(pairs):,} pairs"
+    return f"{what} in {table.name}: {meaning}"
+
+
+def table_of_pairs(pairs: Sequence[tuple[int, int, float]], parts: FeatureParts) -> bytes:
+    """Return pairs of images as CSV: both names and the cosine."""
+    names = list(parts.names())
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("name", "near_duplicate", "cosine"))
+    for row, other, cosine in pairs:
+        writer.writerow((names[row], names[other], f"{cosine:.6f}"))
+    # File names can hold bytes that are not UTF-8.
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def summary(

@@ -8,7 +8,7 @@ that is far more similar than that is a near-duplicate.
 import numpy as np
 
 from moco.evaluation.knn import without_own
-from moco.evaluation.neighbors import nearest
+from moco.evaluation.neighbors import nearest, nearest_by_block
 
 CUTOFF = 3.5
 """Modified z-scores beyond this are outliers: Iglewicz and Hoaglin, "How to detect and handle
@@ -26,6 +26,9 @@ MOST_SEARCHED = 1_000
 """Images whose nearest one is searched, for a threshold."""
 MOST_PRODUCTS = 2e11
 """Multiplications for that: some seconds of a core. Of a large dataset fewer images are taken."""
+MOST_PRODUCTS_OF_ALL = 2e12
+"""Multiplications to search the nearest image of all images: a minute of two cores, for 60,000
+images with 512 features. Pairs of a larger dataset are not listed."""
 
 
 def near_duplicate_cosine(cosines: np.ndarray) -> float:
@@ -65,3 +68,35 @@ def nearest_cosines(features: np.ndarray) -> np.ndarray:
     rows = np.linspace(0, num_images - 1, number).astype(np.int64)
     similarities, found = nearest(features, features[rows], 2)
     return without_own(similarities, found, rows)[0][:, 0]
+
+
+def pairs_above(features: np.ndarray, cosine: float) -> list[tuple[int, int, float]] | None:
+    """Return images with their nearest other image where the two are similar enough.
+
+    Args:
+        features: (images, width) of any norm, at least two rows; may be mapped from a file.
+        cosine: the threshold.
+
+    Returns:
+        Two rows and their cosine for each pair, the most similar one first, each pair once. None if
+        the search would take too long, see `MOST_PRODUCTS_OF_ALL`.
+    """
+    num_images, width = features.shape
+    if num_images * num_images * width > MOST_PRODUCTS_OF_ALL:
+        return None
+    cosines: dict[tuple[int, int], float] = {}
+    start = 0
+    for similarities, found in nearest_by_block(features, features, 2):
+        rows = np.arange(start, start + len(found))
+        start += len(found)
+        nearest_similarities, nearest_rows = without_own(similarities, found, rows)
+        is_near = nearest_similarities[:, 0] > cosine
+        for row, other, similarity in zip(
+            rows[is_near].tolist(),
+            nearest_rows[is_near, 0].tolist(),
+            nearest_similarities[is_near, 0].tolist(),
+            strict=True,
+        ):
+            cosines[min(row, other), max(row, other)] = similarity
+    pairs = [(row, other, similarity) for (row, other), similarity in cosines.items()]
+    return sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))

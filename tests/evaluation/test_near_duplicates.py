@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from moco.evaluation.near_duplicates import COPY, near_duplicate_cosine, nearest_cosines
+from moco.evaluation import near_duplicates
+from moco.evaluation.near_duplicates import (
+    COPY,
+    near_duplicate_cosine,
+    nearest_cosines,
+    pairs_above,
+)
 
 
 def features_of(generator, common, num_images=400, num_copies=10, num_near=10):
@@ -45,3 +51,14 @@ def test_copies_alone_and_a_few_images_have_the_threshold_of_copies():
 
 def test_of_many_images_some_are_searched(generator):
     assert len(nearest_cosines(generator.normal(size=(3000, 4)))) == 1000
+
+
+def test_each_pair_is_listed_once_the_most_similar_first(generator, monkeypatch):
+    features = features_of(generator, 1.0)
+    pairs = pairs_above(features, near_duplicate_cosine(nearest_cosines(features)))
+    assert sorted(pair[:2] for pair in pairs) == [(number, 400 + number) for number in range(20)]
+    cosines = [pair[2] for pair in pairs]
+    assert cosines == sorted(cosines, reverse=True)
+    assert {pair[0] for pair in pairs[:10]} == set(range(10))  # the copies
+    monkeypatch.setattr(near_duplicates, "MOST_PRODUCTS_OF_ALL", 1e6)
+    assert pairs_above(features, 0.5) is None
