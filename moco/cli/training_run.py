@@ -104,7 +104,12 @@ def take_folder(
             content = read_checkpoint(checkpoint)
         resumed.append(check_checkpoint(run, checkpoint, content, hparams, settings))
 
-    stack.enter_context(claimed(run.folder, run.plain, run.files, check))
+    if checkpoint == run.folder / LAST_CHECKPOINT:
+        # Its own checkpoint is read inside the lock, because another process may write there.
+        stack.enter_context(claimed(run.folder, run.plain, run.files, check))
+    else:
+        check()  # before anything is written to the folder
+        stack.enter_context(claimed(run.folder, run.plain, run.files))
     if checkpoint is None:
         return None
     log.info("going on from %s", checkpoint)

@@ -133,7 +133,7 @@ def test_a_whole_run_shows_it_and_may_continue_without_it(runner, halves, tmp_pa
     miou = figures["dense/knn_miou"]
     lines = [line for line in shown.splitlines() if line.startswith("epoch ")]
     assert "dense mIoU" not in lines[0]
-    assert f"dense mIoU {miou:.4f}" in lines[1]
+    assert f"dense mIoU {100 * miou:.2f} %" in lines[1]
     assert "mIoU of kNN segmentation" in shown
     events = EventAccumulator(str(folder))
     events.Reload()
