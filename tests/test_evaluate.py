@@ -124,6 +124,7 @@ def test_embedding_figures_are_those_of_an_evaluation_of_the_embedding(evaluated
     assert embedding["knn/top1"] == both["knn_grid/embedding/k20/t0.1/top1"]
 
 
+@pytest.mark.slow
 def test_the_confusion_matrix_is_written_and_its_worst_classes_are_named(evaluated, tmp_path):
     figures, printed, _ = evaluated(num_neighbors=20)
     with np.load(tmp_path / "out" / "confusion.npz") as written:

@@ -83,6 +83,7 @@ def test_a_run_without_key_momentum_collapses_and_is_named_soon_however_rarely_i
     assert "COLLAPSED at step " in caplog.text
 
 
+@pytest.mark.slow
 def test_a_constant_encoder_is_named(runner, caplog, monkeypatch):
     class Constant(CollapseWatch):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -121,6 +121,7 @@ def test_drift_is_of_the_oldest_whole_batch_in_the_queue(kind, runner):
     assert oldest + per_step > 200
 
 
+@pytest.mark.slow
 def test_keys_of_an_encoder_that_stands_still_do_not_drift_and_those_of_a_fast_one_do(runner):
     drifts = []
     for momentum in (1.0, 0.5):

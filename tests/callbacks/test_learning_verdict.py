@@ -36,6 +36,7 @@ def test_a_run_without_labels_has_label_free_figures_and_a_verdict(runner, caplo
         assert torch.equal(tensor, with_it.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_the_last_word_knows_the_last_knn_accuracy(runner, caplog):
     caplog.set_level("INFO", logger="moco")
     figures = {}

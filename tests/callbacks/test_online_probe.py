@@ -12,6 +12,7 @@ from tests.runs.test_resume import assert_same_end, interrupt_at, last
 
 
 @pytest.mark.parametrize("overrides", [[], ["method.dense_weight=0.5"], ["method.symmetric=true"]])
+@pytest.mark.slow
 def test_the_runs_weights_are_those_of_a_run_without_the_probe(overrides, runner):
     config = runner.config(*overrides)
     with_probe = runner.fit(config, [OnlineProbe({}, 1)])

@@ -73,6 +73,7 @@ def test_a_preview_shows_the_same_choice(tmp_path, monkeypatch):
     assert preview.data == config.data
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_preset_when_images_were_added(tmp_path, monkeypatch):
     run = tmp_path / "run"
     (run / ".hydra").mkdir(parents=True)

@@ -68,6 +68,7 @@ def test_figures_protocol_and_classes_are_written_and_shown(evaluate, halves, ch
     assert figures["dense/linear_weight_decay"] in (1e-1, 1e-2, 1e-3, 1e-4)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_a_bank_smaller_than_k_is_named(evaluate, halves, caplog):
     small = {"bank_size": 9, "num_neighbors": 20}
     first, _ = evaluate(halves, seed=0, **small)

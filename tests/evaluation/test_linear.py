@@ -156,6 +156,7 @@ def test_a_best_learning_rate_at_the_edge_of_the_grid_is_said(caplog):
     assert "the best learning rate, 1, is at the edge of evaluation.linear.lrs" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_grid_is_measured_once_on_the_test_part_and_its_choice_stands_beside_it(
     evaluated,  # noqa: F811
     tmp_path,

@@ -185,6 +185,7 @@ def test_a_collapse_is_a_warning_by_the_thresholds_of_the_watch():
     assert collapse_of(0.05, 1, (19, 100)) is None
 
 
+@pytest.mark.slow
 def test_a_constant_encoder_is_warned_of_and_drawn(evaluated, small, checkpoint, tmp_path):
     path = tmp_path / "constant.ckpt"
     held = torch.load(checkpoint, weights_only=True)

@@ -610,6 +610,7 @@ def passes(method, *paths):
         for name in METHODS
     ],
 )
+@pytest.mark.slow
 def test_each_encoder_takes_both_views_in_one_pass_unless_it_has_batch_norm(name):
     stems = ["query_encoder.backbone.conv1", "key_encoder.backbone.conv1"]
     apart = [8, 8] if composed(name).method.symmetric else [8]

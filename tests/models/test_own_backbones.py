@@ -108,6 +108,7 @@ def batch(size, num=8):
 
 
 @pytest.mark.parametrize(("model", "size"), families())
+@pytest.mark.slow
 def test_a_network_of_timm_keeps_the_contract_and_trains(model, size):
     backbone = build_backbone(f"timm:{model}", image_size=size)
     images = torch.randn(2, 3, size, size)

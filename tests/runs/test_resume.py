@@ -214,6 +214,7 @@ def test_predictor_every_queue_and_adamw_go_on_where_they_were(small, tmp_path):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_other_tensors_is_named(small, run_of_one_step, tmp_path):
     checkpoint = run_of_one_step / "checkpoints" / "last.ckpt"
     for override, said in (

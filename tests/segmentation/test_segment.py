@@ -293,6 +293,7 @@ def test_a_resumed_run_continues_the_random_numbers_of_dropout_and_stochastic_de
     assert_equal_weights(whole, parts)
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_is_done_after_the_restart(shapes, tmp_path, monkeypatch):
     import moco.callbacks.segmentation_monitor as module
 
@@ -392,6 +393,7 @@ def fine_tuned(shapes, swin, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_pretrained_swin_is_fine_tuned_in_other_windows(fine_tuned, swin):
     end = last_checkpoint(fine_tuned)
     backbone = Segmenter(**end["hyper_parameters"]).model.backbone

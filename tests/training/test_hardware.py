@@ -191,7 +191,7 @@ def test_the_log_says_in_one_line_how_the_run_computes(runner, caplog):
         record.getMessage() for record in caplog.records if record.name == hardware_fit.__name__
     ]
     assert lines == [
-        "device: CPU, 1 threads; precision: 32-true; memory format: channels_last; compiled: no"
+        "device: CPU, 1 thread; precision: 32-true; memory format: channels_last; compiled: no"
     ]
 
 

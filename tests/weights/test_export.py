@@ -209,6 +209,7 @@ def test_the_lines_load_a_vit_for_the_images_of_one_size(
     assert agree(loaded_by(lines), backbone, backbone.cells(image_size) * 16, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_key_encoder_can_be_exported(checkpoints, exported):
     exported("resnet18", "torchvision", "query.pth")
     exported("resnet18", "torchvision", "key.pth", encoder="key")
@@ -453,6 +454,7 @@ def evaluated(checkpoints, name, tmp_path, image_size, window_size=None):
     return json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_evaluate_looks_through_windows_of_another_size(checkpoints, tmp_path, caplog):
     caplog.set_level("INFO", logger="moco")
     figures = evaluated(checkpoints, "small_swin", tmp_path, image_size=64)

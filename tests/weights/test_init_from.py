@@ -176,6 +176,7 @@ def test_parts_that_do_not_fit_are_made_and_logged(start):
     assert started.logged[-1] == "not used: projector (2), key encoder's projector (2), queue (3)"
 
 
+@pytest.mark.slow
 def test_a_queue_of_another_size_is_not_loaded(start):
     started = start(moco_v2()[0], queue_size=32)
     assert started.logged[1] == (

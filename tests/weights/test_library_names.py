@@ -227,6 +227,7 @@ def test_our_fixed_positions_are_recognised_in_the_weights_of_others():
 @pytest.mark.parametrize(
     ("name", "normaliser"), [("swin_t", {}), ("swin_v2_t", {"pretrained_window_sizes": [4] * 4})]
 )
+@pytest.mark.slow
 def test_timm_agrees_where_it_cuts_the_window_down_to_the_map(name, normaliser):
     """The maps have 16, 8, 4 and 2 cells."""
     backbone = randomised(name, 4)

@@ -73,6 +73,7 @@ def test_both_encoders_of_a_file_give_the_outputs_of_their_models(build, tmp_pat
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.slow
 def test_checkpoints_of_the_official_moby_code_load_without_yacs(legacy, tmp_path, monkeypatch):
     """Their config is a yacs node with sets in its state. It is read without importing yacs."""
     content, query, key = moby()
@@ -120,6 +121,7 @@ def test_a_backbone_alone_is_recognised_by_its_tensors(build, ending, tmp_path):
     assert {key: pretrained.settings[key] for key in settings} == settings
 
 
+@pytest.mark.slow
 def test_the_log_says_what_was_recognised_loaded_and_not_used(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     torch.save(moco_v2()[0], tmp_path / "x.pth")

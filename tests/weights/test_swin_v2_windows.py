@@ -66,6 +66,7 @@ def test_timms_own_models_load_right(name, given, pretrained, tmp_path):
     assert relative_error(loaded.encoder, model, 256) < 1e-4
 
 
+@pytest.mark.slow
 def test_clipped_pretraining_windows_follow_from_an_image_size_or_are_given(tmp_path):
     """The maps have 16, 8, 4 and 2 cells."""
     path = tmp_path / "x.pth"
@@ -118,6 +119,7 @@ def test_windows_that_may_have_been_clipped_have_to_be_explained(tmp_path, caplo
     ) in caplog.text
 
 
+@pytest.mark.slow
 def test_microsofts_tables_tell_the_pretraining_windows_of_each_stage(tmp_path):
     """The maps have 32, 16, 8 and 4 cells."""
     model = timm_swin_v2(img_size=64, window_size=8, pretrained_window_sizes=(6, 6, 6, 3))

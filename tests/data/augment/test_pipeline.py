@@ -66,6 +66,7 @@ def small(runner, *overrides):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.slow
 def test_bits_do_not_depend_on_loader_processes_and_a_resumed_epoch_goes_on(runner, num_workers):
     config = small(runner)
     expected = list(itertools.islice(build_data(config).train_dataloader(), 3))

@@ -93,6 +93,7 @@ def with_size(path, size):
     return path
 
 
+@pytest.mark.slow
 def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_off_there(tmp_path):
     bomb = npy(header((6, 8, 8)), bytes(200_000_000))
     path = archive(tmp_path / "x.npz", zipfile.ZIP_DEFLATED, train_images=bomb)

@@ -46,6 +46,7 @@ def status_of(pid):
     return dict(line.split(":", 1) for line in lines)
 
 
+@pytest.mark.slow
 def test_loader_processes_leave_signals_to_the_training_process(numbered):
     iterator = iter(data_for(numbered, num_workers=1).train_dataloader())
     next(iterator)

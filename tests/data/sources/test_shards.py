@@ -444,6 +444,7 @@ def test_the_dataset_travels_small_to_workers(shards):
     assert len(pickle.dumps(StreamDataset(streams, 4, make_batch))) < 3000
 
 
+@pytest.mark.slow
 def test_the_shuffle_is_as_good_as_its_buffer(tmp_path):
     """With a buffer as large as the stream each image is as likely to come early as late."""
     path = write_tar(
