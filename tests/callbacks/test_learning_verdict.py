@@ -3,6 +3,7 @@
 import json
 import math
 
+import pytest
 import torch
 
 from moco.callbacks.knn_monitor import KNNMonitor
