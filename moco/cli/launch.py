@@ -183,11 +183,17 @@ def end_job(error: BaseException, folder: Path, schema: type) -> Failure:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove an empty folder, and those above it that are empty then, up to the current one."""
+    """Remove an empty run folder, and those above it that are empty then, inside ``runs``.
+
+    Other folders above it may be the user's own.
+    """
+    runs = Path("runs").absolute()
     with suppress(OSError):  # another program may write there now
-        while folder != Path.cwd() and not any(folder.iterdir()):
-            folder.rmdir()
-            folder = folder.parent
+        folder.rmdir()
+        for parent in folder.absolute().parents:
+            if runs not in parent.parents:
+                return
+            parent.rmdir()  # refused if it holds anything
 
 
 def exit_interrupted(error: Interrupted, schema: type) -> NoReturn:

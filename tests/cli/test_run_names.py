@@ -1,8 +1,11 @@
 """Run folders: one for each run, and none that a program reads."""
 
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 
+from moco.cli.launch import remove_empty
 from moco.cli.run_folders import check_folder
 from moco.cli.run_names import is_named_by_time, new_folder
 from moco.config.pretrained import EvaluateConfig
@@ -58,3 +61,16 @@ def test_an_evaluation_does_not_overwrite_the_run_of_its_checkpoint(tmp_path):
     with pytest.raises(InputError, match="is the run of checkpoint="):
         check_folder(config, run)
     check_folder(config, run / "evaluation")
+
+
+def test_only_empty_folders_inside_runs_go_with_a_run_that_never_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/evaluate/small/now", "mine/now"):
+        (tmp_path / name).mkdir(parents=True)
+        remove_empty(Path(name))
+    (tmp_path / "runs" / "kept" / "other").mkdir(parents=True)
+    (tmp_path / "runs" / "kept" / "now").mkdir()
+    remove_empty(Path("runs/kept/now"))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "mine", "runs", "runs/kept", "runs/kept/other",
+    ]  # fmt: skip
