@@ -31,14 +31,19 @@ import torchvision
 import yaml
 from benchmarks.turns import Turn, in_turns, timed, wait_for
 from compare_augmentations import photograph
+from hydra import compose, initialize_config_dir
 from PIL import Image, ImageFilter
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from moco.config.parsing import CONFIG_DIR
+from moco import pack
+from moco.config.pack import PackConfig
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.data.augment.views import ViewPair
+from moco.data.files.images import MAX_IMAGE_PIXELS
 from moco.data.loading.loaders import PairDataset
-from moco.data.sources.source import FileImages
+from moco.data.sources.packed_copy import packed_source
+from moco.data.sources.source import DataSource, FileImages, Images
 
 
 class OfficialBlur:
@@ -122,8 +127,8 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
 
         pipelines["lightly"] = by_lightly
 
-    def ours(*, to_floats: bool) -> Callable[[], int]:
-        dataset = PairDataset(FileImages(paths), view_pair(pair, 224, "worker"))
+    def ours(images: Images, *, to_floats: bool) -> Callable[[], int]:
+        dataset = PairDataset(images, view_pair(pair, 224, "worker"))
 
         def by_worker() -> int:
             for first in range(0, len(paths), 64):
@@ -135,9 +140,30 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
 
         return by_worker
 
-    pipelines["ours"] = ours(to_floats=True)
-    pipelines["ours, a loader process's part (uint8)"] = ours(to_floats=False)
+    pipelines["ours"] = ours(FileImages(paths), to_floats=True)
+    part = "ours, a loader process's part (uint8)"
+    pipelines[part] = ours(FileImages(paths), to_floats=False)
+    for kind in ("array", "shards") if arguments.packed else ():
+        images = packed_copy(arguments.folder, kind).train
+        pipelines[f"{part}, from a packed copy ({kind})"] = ours(images, to_floats=False)
     return pipelines
+
+
+def packed_copy(folder: str, kind: str) -> DataSource:
+    """Return the packed copy of a folder of images, with the shorter side at 256 px."""
+    output = tempfile.mkdtemp(dir=Path(folder).parent)
+    overrides = [
+        f"data.root={folder}",
+        "data=images",
+        "data.resize=256",
+        f"format={kind}",
+        f"output={output}/copy",
+    ]
+    register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = parse(compose("pack", overrides), PackConfig)
+    pack.run(config, Path(output) / "run")
+    return packed_source(f"{output}/copy", MAX_IMAGE_PIXELS)
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
@@ -182,7 +208,9 @@ def turns_of(what: str, arguments: argparse.Namespace) -> Iterator[dict[str, Tur
     torch.set_num_threads(1)
     # For one thread, the time on its core is less sensitive to other work of the machine.
     clock = time.process_time if what == "files" else time.perf_counter
-    with tempfile.TemporaryDirectory() as arguments.folder:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = f"{folder}/images"  # packed copies lie beside it
+        Path(arguments.folder).mkdir()
         turns = {}
         for name, pipeline in KINDS[what](arguments).items():
             turns[name] = timed(pipeline, clock=clock)
@@ -193,6 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=128, help="number of files")
     parser.add_argument("--size", default="500x375", help="size of a file, px")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality of a file")
+    parser.add_argument("--packed", action="store_true", help="measure packed copies, too")
     parser.add_argument("--npz", help="an archive with train_images")
     parser.add_argument("--memory-images", type=int, default=4096, help="images in memory")
 
