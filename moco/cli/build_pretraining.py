@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from torch import nn
 
+    from moco.data.augment.local_crops import LocalCrops
     from moco.data.loading.datamodule import PretrainingData
     from moco.data.sources.source import DataSource
     from moco.evaluation.dense_features import DenseSet
@@ -83,7 +84,16 @@ def build_data(
     device = choose_device(config.trainer.accelerator)
     ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
     views = ViewPair(
-        pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, ramp=ramp, **kind
+        pair.query,
+        pair.key,
+        pair.mean,
+        pair.std,
+        image_size,
+        config.seed,
+        ramp=ramp,
+        **kind,
+        with_placements=config.method.dense_match != "feature",
+        local=local_crops_of(config),
     )
     full_views = views.views_of_size[image_size]
     engine = choose_engine(data.engine, source.train, image_size, device.type, full_views)
@@ -108,6 +118,22 @@ def build_data(
         for index, image, _ in loaders.first_images(1):
             try_own_steps(views, image.pixels(), index)
     return loaders
+
+
+def local_crops_of(config: TrainConfig) -> "LocalCrops | None":
+    """Return which local crops a run has, or None if it has none."""
+    from moco.data.augment.local_crops import LocalCrops
+
+    if config.method.local_crops == 0:
+        return None
+    given = config.augmentation.local
+    return LocalCrops(
+        config.method.local_crops,
+        given.size,
+        given.scale,
+        given.overlap,
+        in_both=config.method.symmetric,
+    )
 
 
 def listed_source(data: DataConfig, folder: Path | None, *, is_kept: bool = False) -> "DataSource":
