@@ -60,7 +60,7 @@ def run(config: PreviewConfig, folder: Path) -> None:
 def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
     """Draw a row for each pair: query view, its numbers, key view, its numbers.
 
-    Local crops stand below the pair that they belong to, all of them in the size of the run.
+    Local crops stand below the pair that they belong to, in the same scale.
 
     Args:
         data: a `PretrainingData`.
@@ -97,7 +97,10 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
     if local_crops:
         row_height += local_crops[0][0].height + MARGIN
     column_width = side + 2 * MARGIN + TEXT_WIDTH
-    sheet = Image.new("RGB", (2 * column_width, len(images) * row_height + MARGIN), "white")
+    sheet_width = 2 * column_width
+    if local_crops:
+        sheet_width = max(sheet_width, MARGIN + len(local_crops) * (side + MARGIN))
+    sheet = Image.new("RGB", (sheet_width, len(images) * row_height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     # Pillow's own font has no umlauts.
     font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)

@@ -165,10 +165,11 @@ class View:
             moved = step.operation.source_map(drawn, self.sizes_at(place, sizes))
             if moved is None:
                 continue
-            if step.is_own and (not isinstance(moved, Tensor) or moved.shape != unmoved.shape):
+            if step.is_own and getattr(moved, "shape", None) != unmoved.shape:
+                shape = tuple(getattr(moved, "shape", ()))
                 raise InputError(
-                    f"{step.where}: source_map returned {type(moved).__name__}; expected None, or "
-                    "a tensor (batch, 2, 3)"
+                    f"{step.where}: source_map returned {type(moved).__name__} of shape {shape}; "
+                    "expected None, or a tensor (batch, 2, 3)"
                 )
             is_applied = drawn["applied"][:, None, None]
             total = composed(total, torch.where(is_applied, moved.double(), unmoved))
