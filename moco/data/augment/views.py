@@ -157,15 +157,27 @@ class View:
             (batch, 2, 3) float64.
 
         Raises:
-            InputError: an operation of the user's returns something else.
+            InputError: the view is a pipeline, or an operation of the user's does not say where it
+                moves pixels.
         """
+        key = "method.dense_match=location"
+        if self.pipeline is not None:
+            raise InputError(
+                f"{key}: {self.pipeline.where} does not say which part of the image a view shows; "
+                "expected operations, such as augmentation=moco_v2"
+            )
         unmoved = identity_maps(sizes[:, 0].double())
         total = unmoved
         for place, (step, drawn) in enumerate(zip(self.steps, numbers, strict=True)):
+            if step.is_own and not defines(type(step.operation), "source_map"):
+                raise InputError(
+                    f"{key}: {step.where} does not say whether it moves pixels; define "
+                    "source_map, which returns None if all stay in place"
+                )
             moved = step.operation.source_map(drawn, self.sizes_at(place, sizes))
             if moved is None:
                 continue
-            if step.is_own and getattr(moved, "shape", None) != unmoved.shape:
+            if getattr(moved, "shape", None) != unmoved.shape:
                 shape = tuple(getattr(moved, "shape", ()))
                 raise InputError(
                     f"{step.where}: source_map returned {type(moved).__name__} of shape {shape}; "
@@ -328,9 +340,7 @@ class ViewPair:
         self.engine = engine
         self.with_placements = with_placements
         if with_placements:
-            for view in self.views_at(0):
-                check_places_are_known(view)
-            # Code of the user's shows here what it returns.
+            # What cannot be followed, and what the user's code returns, shows here.
             self.placements(0, torch.arange(2), torch.full((2, 2), image_size))
         self.local = local
         self.local_view_of_size: dict[int, View] = {}
@@ -472,6 +482,9 @@ class ViewPair:
 
         Returns:
             (2, batch, 2, 3) float32: of the query views and of the key views.
+
+        Raises:
+            InputError: a view cannot be followed, see `View.placement`.
         """
         placements = []
         for place, view in enumerate(self.views_at(epoch)):
@@ -645,22 +658,6 @@ class ViewPair:
         if self.scale.device != device:
             self.scale = self.scale.to(device)
             self.shift = self.shift.to(device)
-
-
-def check_places_are_known(view: View) -> None:
-    """Raise InputError if nothing says where a step of a view moves pixels."""
-    key = "method.dense_match=location"
-    if view.pipeline is not None:
-        raise InputError(
-            f"{key}: {view.pipeline.where} does not say which part of the image a view shows; "
-            "expected operations, such as augmentation=moco_v2"
-        )
-    for step in view.own_steps:
-        if not defines(type(step.operation), "source_map"):
-            raise InputError(
-                f"{key}: {step.where} does not say whether it moves pixels; define source_map, "
-                "which returns None if all stay in place"
-            )
 
 
 def local_view(
