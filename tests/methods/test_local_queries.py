@@ -1,5 +1,6 @@
 """Local crops as queries, against the papers' equations."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,11 +8,14 @@ import pytest
 import torch
 
 import moco
+import moco.methods.moco
 from moco.cli.checks import check_local_crops
 from moco.data.augment.local_crops import LocalCrops
 from moco.errors import InputError
 from moco.models.encoder import Encoded
+from moco.training.distributed.collectives import all_gather
 from tests.methods.test_losses import in_batch_reference, reference, unit
+from tests.processes import on_two
 
 SIZES = {"embedding_dim": 16, "batch_norm_splits": 2}
 
@@ -176,3 +180,49 @@ def test_a_run_with_both_switches_trains(engine, runner):
     )
     for name, weight in method.named_parameters():
         assert weight.isfinite().all(), name
+
+
+def half_of_a_step(rank):
+    """Both switches on half a batch: loss and gradients are those of the whole batch."""
+    batch = batch_of(2, local_side=24, number=8)
+    whole = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    left = torch.tensor([[0.5, 0, 0], [0, 1, 0]])
+    # The same number of matches in both halves, each of which takes its own mean.
+    query = torch.stack([whole, left, left, whole] * 2)
+    batch.placements = torch.stack([query, whole.expand(8, 2, 3)])
+    own = slice(4 * rank, 4 * rank + 4)
+    half = SimpleNamespace(
+        views=batch.views[:, own],
+        local_crops=tuple(crops[own] for crops in batch.local_crops),
+        placements=batch.placements[:, own],
+    )
+    switches = {"dense_weight": 0.5, "dense_match": "both", "symmetric": True}
+    ours = built("swin_v2_tiny_patch2", **switches)
+    loss = ours.training_step(half, 0)["loss"]
+    loss.backward()
+    alone = built("swin_v2_tiny_patch2", **switches)
+    with one_process():
+        expected = alone.training_step(batch, 0)["loss"]
+    expected.backward()
+    total = all_gather(loss.detach()[None]).mean()
+    torch.testing.assert_close(total, expected.detach())
+    weights = zip(ours.query_encoder.parameters(), alone.query_encoder.parameters(), strict=True)
+    for own_weight, weight in weights:
+        if weight.grad is not None:
+            mean = all_gather(own_weight.grad[None]).mean(0)
+            torch.testing.assert_close(mean, weight.grad, atol=1e-5, rtol=1e-3)
+    for own_queue, queue in zip(ours.dense_queues, alone.dense_queues, strict=True):
+        torch.testing.assert_close(own_queue.keys, queue.keys)
+
+
+@contextmanager
+def one_process():
+    """Let the collectives see this process alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moco.methods.moco, "all_gather", lambda rows: rows)
+        yield
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_double_batch():
+    on_two(half_of_a_step)
