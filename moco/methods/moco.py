@@ -271,10 +271,13 @@ class MoCo(pl.LightningModule):
             for matches in match_cells(self.dense_match, query.cells, key.cells, placements):
                 positives = matched_cells(key.cells.embeddings, matches.cells)  # (N, S, C)
                 positives = positives.flatten(0, 1)  # (N * S, C)
-                contrast = [cells, positives, negatives, self.temperature, of_groups]
-                if matches.weights is not None:
-                    contrast.append(matches.weights)
-                by_rule.append(efficient_info_nce(*contrast))
+                contrast = partial(
+                    efficient_info_nce, cells, positives, negatives, self.temperature, of_groups
+                )
+                if matches.weights is None:
+                    by_rule.append(contrast())
+                else:
+                    by_rule.append(contrast(weights=matches.weights))
             losses.append(torch.stack(by_rule).mean())
             pooled.append(key.cells.pooled)  # (N, C) unit norm
             if placements is not None:
