@@ -64,7 +64,7 @@ def searched(query, key, rows, columns):
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 7), (3, 5)])
 def test_a_cell_matches_the_nearest_cell_where_the_crops_overlap(rows, columns, generator):
-    query, key = random_placements(generator, 20), random_placements(generator, 20)
+    query, key = random_placements(generator, 10), random_placements(generator, 10)
     arguments = [torch.from_numpy(each).float() for each in (query, key)]
     matches = cells_at_the_same_place(*arguments, rows, columns)
     expected = searched(query, key, rows, columns)
@@ -174,12 +174,15 @@ def test_contradicting_switches_are_told(settings, message):
         moco.MoCo("resnet_tiny", queue_size=16, **settings)
 
 
-@pytest.mark.parametrize("engine", ["batch", pytest.param("worker", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["batch", "worker"])
 def test_a_run_learns_from_places(engine, runner):
-    plain = runner.fit(runner.config("method.dense_weight=0.5", f"data.engine={engine}"))
     settings = [*LOCATION, "method.symmetric=true", "trainer.accumulate_grad_batches=2"]
-    method = runner.fit(runner.config(*settings, f"data.engine={engine}"))
-    for name, weight in method.named_parameters():
-        assert weight.isfinite().all(), name
-    weights = [each.query_encoder.dense_projector.layers[0].weight for each in (plain, method)]
+    options = [f"data.engine={engine}", "data.image_size=32"]
+    weights = []
+    for rule in ("location", "feature"):
+        config = runner.config(*settings, *options, f"method.dense_match={rule}")
+        method = runner.fit(config)
+        weights.append(method.query_encoder.dense_projector.layers[0].weight)
+        assert weights[-1].isfinite().all()
     assert not torch.equal(*weights)

@@ -78,7 +78,7 @@ def test_every_query_of_an_image_counts_the_same(settings):
         ours = np.zeros((6, 16)) if leaf.grad is None else leaf.grad.numpy()
         np.testing.assert_allclose(ours, gradient, rtol=1e-3, atol=1e-6)
     mean = outputs["loss_full"] / 3 + 2 * outputs["loss_local"] / 3
-    assert outputs["loss"].item() == pytest.approx(float(mean), rel=1e-6)
+    assert outputs["loss"].item() == pytest.approx(mean.item(), rel=1e-6)
 
 
 def batch_of(count, side=32, local_side=16, number=4):
@@ -135,7 +135,7 @@ def test_every_backbone_takes_local_crops_beside_its_views(backbone, settings):
             assert weight.grad is not None, name
     if settings.get("dense_weight"):
         mixed = 0.5 * outputs["loss_global"] + 0.5 * outputs["loss_dense"]
-        assert float(outputs["loss"]) == pytest.approx(float(mixed), rel=1e-6)
+        assert outputs["loss"].item() == pytest.approx(mixed.item(), rel=1e-6)
 
 
 class OneSize(torch.nn.Module):

@@ -123,8 +123,8 @@ def test_views_without_local_crops_are_refused(operations, local, message):
         ViewPair(operations, image_size=16, local=local)
 
 
-@pytest.mark.parametrize(("engine", "num_workers"), [("batch", 0), ("worker", 0)])
-def test_a_run_gets_the_local_crops_of_its_pair(engine, num_workers, runner):
+@pytest.mark.parametrize("engine", ["batch", pytest.param("worker", marks=pytest.mark.slow)])
+def test_a_run_gets_the_local_crops_of_its_pair(engine, runner):
     from moco.cli.build_pretraining import build_data
 
     config = runner.config("method.local_crops=2", f"data.engine={engine}")

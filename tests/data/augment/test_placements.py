@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import moco
+from moco.data.augment.local_crops import LocalCrops
 from moco.data.augment.views import ViewPair
+from moco.data.loading.datamodule import check_one_image
 from moco.errors import InputError
 
 # Every operation that moves pixels, before and after the crop.
@@ -110,7 +112,7 @@ def test_an_operation_that_says_that_it_moves_nothing_is_taken():
     assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("engine", ["batch", "worker"])
+@pytest.mark.parametrize("engine", ["batch", pytest.param("worker", marks=pytest.mark.slow)])
 def test_batches_say_where_their_views_are_in_every_engine(engine, runner):
     from moco.cli.build_pretraining import build_data
 
@@ -123,13 +125,14 @@ def test_batches_say_where_their_views_are_in_every_engine(engine, runner):
     assert plain.placements is None
 
 
-def test_views_of_two_images_have_no_common_place(runner):
-    from moco.cli.build_pretraining import build_data
-
-    grouped = [r"data.group='(?P<group>\d)\]$'", "data.pair=group"]
-    for switches in (
-        ["method.dense_weight=0.5", "method.dense_match=both"],
-        ["method.local_crops=2"],
-    ):
-        with pytest.raises(InputError, match=r"no place in common; expected data\.pair=same"):
-            build_data(runner.config(*grouped, *switches))
+@pytest.mark.parametrize(
+    ("switch", "message"),
+    [
+        ({"with_placements": True}, r"dense_match=location: with data\.pair=group the two views"),
+        ({"local": LocalCrops(2)}, r"local_crops=2: with .* expected data\.pair=same"),
+    ],
+)
+def test_views_of_two_images_have_no_common_place(switch, message):
+    check_one_image(ViewPair(CROP, image_size=16), "group")
+    with pytest.raises(InputError, match=message):
+        check_one_image(ViewPair(CROP, image_size=16, **switch), "group")
