@@ -47,8 +47,9 @@ def crop_maps(boxes: Tensor, sizes: Tensor) -> Tensor:
     """
     top, left, box_height, box_width = boxes.double().unbind(1)
     height, width = sizes.double().unbind(1)
-    first_row = [box_width / width, 0.0, left / width]
-    second_row = [0.0, box_height / height, top / height]
+    zero = torch.zeros_like(top)
+    first_row = [box_width / width, zero, left / width]
+    second_row = [zero, box_height / height, top / height]
     return affine_maps([first_row, second_row], height)
 
 

@@ -389,11 +389,11 @@ class ViewPair:
         indices = torch.tensor([index])
         images = [checked_image(image, self.kind)]
         self.on_images(images, epoch, indices, views)
-        made = self.finished((views[0], views[1]), epoch, indices)
+        made: tuple[Tensor, ...] = self.finished((views[0], views[1]), epoch, indices)
         if self.local is not None:
             crops = self.empty_local_crops(1, epoch)
             self.local_crops_on_images(images, epoch, indices, crops)
-            made += self.finished_local_crops(crops, epoch, indices)
+            made += self.finished_local_crops(tuple(crops), epoch, indices)
         return tuple(view[0] for view in made)
 
     def views_at(self, epoch: int) -> list[View]:
