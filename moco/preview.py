@@ -118,6 +118,9 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
         for number, crops in enumerate(local_crops):
             left = MARGIN + number * (crops[row].width + MARGIN)
             sheet.paste(crops[row], (left, top + pair_height))
+            text_left = left + crops[row].width + MARGIN
+        if local_crops:
+            draw.text((text_left, top + pair_height), "local crops", "gray", font)
     return sheet
 
 

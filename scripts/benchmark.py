@@ -1,6 +1,6 @@
 """Measure this project and its peers on the same machine, in the same run, with the same work.
 
-    python scripts/benchmark.py step|switches|loss|update|data|knn|swin|timm|end_to_end|startup
+    python scripts/benchmark.py step|crops|loss|update|data|knn|swin|timm|end_to_end|startup
         [--against lightly] [--against official=PATH] [--only 'resnet18*fp32*'] [--repeats 5]
         [--sittings 1] [--threads 2] [--device cpu] [--json FILE] [--tiny]
 
@@ -35,7 +35,7 @@ from moco.errors import InputError
 
 KINDS = (
     "step",
-    "switches",
+    "crops",
     "loss",
     "update",
     "data",

@@ -171,8 +171,8 @@ def test_swin_is_measured_against_torchvisions(measured):
 
 
 @pytest.mark.slow
-def test_the_switches_for_dense_tasks_are_measured_against_the_plain_method(measured):
-    rows = measured("switches", "--repeats", "1")
+def test_matches_and_local_crops_are_measured_against_the_plain_method(measured):
+    rows = measured("crops", "--repeats", "1")
     (case,) = {case for case, _ in rows}
     assert contenders(rows, case)[:3] == ["plain", "plain, again", "dense_match=feature"]
     assert {turn["images"] for row in rows.values() for turn in row["turns"]} == {16}

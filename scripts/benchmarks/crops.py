@@ -1,16 +1,19 @@
-"""Measure what the switches for dense tasks cost in a training step, on random tensors in memory.
+"""Measure what matches by location and local crops cost in a training step.
 
-Each is compared with the plain method, and the location match with DenseCL's own match as well.
+The step works on random tensors in memory. Each switch is compared with the plain method, and the
+matches by location with those of DenseCL as well. On a CPU the seconds are processor time, which
+other programs on the machine hardly change.
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.nets import Net, Setting, nets_of
+from benchmarks.nets import ON_A_GPU, TINY, Net, Setting
 from benchmarks.ours import pair_batch
 from benchmarks.peers import Peers
 from benchmarks.recipe import KEY_MOMENTUM
@@ -38,6 +41,11 @@ SWITCHES: dict[str, tuple[str, ...]] = {
 }
 """The overrides of each contender. The distance of the second ratio from 1 shows how exact the
 ratios of these rounds are."""
+ON_A_CPU = {
+    "ResNet-18, 32 px, batch 64": Net("resnet18_cifar", 32, 64, 4096),
+    "ResNet-50, 224 px, batch 8": Net("resnet50", 224, 8, 65536),
+    "Swin V2-T, 224 px, batch 8": Net("swin_v2_t", 224, 8, 65536, window_size=7),
+}
 CROP = {"random_resized_crop": {"scale": [0.2, 1.0]}, "horizontal_flip": {"probability": 0.5}}
 
 
@@ -49,7 +57,10 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     """Yield a case for each net."""
     device = torch.device(arguments.device)
     num_threads = None if arguments.tiny or device.type == "cuda" else arguments.threads
-    for name, net in nets_of(device, arguments.tiny).items():
+    nets = ON_A_GPU if device.type == "cuda" else ON_A_CPU
+    if arguments.tiny:
+        nets = TINY
+    for name, net in nets.items():
         contenders: dict[str, Callable[[], Turn]] = {}
         for label, overrides in SWITCHES.items():
             contenders[label] = partial(turn_of, net, Setting(device), overrides)
@@ -74,7 +85,10 @@ def turn_of(net: Net, setting: Setting, overrides: tuple[str, ...]) -> Turn:
         update_key_encoder(method.key_encoder, method.query_encoder, KEY_MOMENTUM)
 
     calls = CALLS[setting.device.type]
-    return timed(step, setting.device, images=net.batch_size, calls=calls)
+    clock = time.perf_counter
+    if setting.device.type == "cpu":
+        clock = time.process_time
+    return timed(step, setting.device, images=net.batch_size, calls=calls, clock=clock)
 
 
 def batch_of(net: Net, setting: Setting, num_local_crops: int) -> PairBatch:
