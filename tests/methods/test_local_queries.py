@@ -11,11 +11,13 @@ import moco
 import moco.methods.moco
 from moco.cli.checks import check_local_crops
 from moco.data.augment.local_crops import LocalCrops
-from moco.errors import InputError
+from moco.errors import InputError, Interrupted
 from moco.models.encoder import Encoded
+from moco.train import run
 from moco.training.distributed.collectives import all_gather
 from tests.methods.test_losses import in_batch_reference, reference, unit
 from tests.processes import on_two
+from tests.runs.test_resume import assert_same_end, interrupt_at, last
 
 SIZES = {"embedding_dim": 16, "batch_norm_splits": 2}
 
@@ -174,12 +176,30 @@ BOTH = ["method.local_crops=2", "method.dense_weight=0.5", "method.dense_match=b
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["batch", "worker"])
-def test_a_run_with_both_switches_trains(engine, runner):
-    method = runner.fit(
-        runner.config(*BOTH, f"data.engine={engine}", "data.num_workers=1", "data.image_size=16")
+def test_a_stopped_run_with_both_switches_ends_in_the_same_bits(
+    engine, runner, tmp_path, monkeypatch
+):
+    config = runner.config(
+        *BOTH,
+        f"data.engine={engine}",
+        "data.num_workers=1",
+        "data.image_size=16",
+        "data.batch_size=704",  # two steps an epoch
+        "augmentation.start_image_size=8",
+        "augmentation.image_size_step=8",
+        "augmentation.ramp_epochs=1",
+        "trainer.max_steps=-1",
+        "method.queue_size=500",
+        "evaluation.every_n_epochs=100",
     )
-    for name, weight in method.named_parameters():
-        assert weight.isfinite().all(), name
+    run(config, tmp_path / "whole")
+    for step in (1, 3):
+        with monkeypatch.context() as context:
+            interrupt_at(step, context)
+            with pytest.raises(Interrupted):
+                run(config, tmp_path / "parts")
+    run(config, tmp_path / "parts")
+    assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
 def half_of_a_step(rank):
