@@ -691,7 +691,7 @@ def local_view(
     try:
         crop = LocalCrop(side, local.scale)
     except ValueError as error:
-        raise InputError(f"augmentation.local: {error}") from error
+        raise InputError(f"augmentation.local.{error}") from error
     view.steps[view.crop] = Step("random_resized_crop", crop, 1.0, "augmentation.local")
     return view
 

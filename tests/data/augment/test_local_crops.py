@@ -115,7 +115,7 @@ def test_local_crops_grow_with_the_views():
             r"augmentation\.query\.horizontal_flip may move pixels before the crop",
         ),
         (lambda image: image, LocalCrops(1), "makes one view of one size; expected operations"),
-        (CROP_ALONE, LocalCrops(1, scale=[0.3]), r"augmentation\.local: scale=\[0\.3\]: expected"),
+        (CROP_ALONE, LocalCrops(1, scale=[0.3]), r"augmentation\.local\.scale=\[0\.3\]: expected"),
     ],
 )
 def test_views_without_local_crops_are_refused(operations, local, message):
