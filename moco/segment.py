@@ -25,14 +25,17 @@ def run(config: SegmentConfig, folder: Path) -> None:
     import pytorch_lightning as pl
 
     from moco.cli.build_segmentation import (
-        backbone_origin,
         build_data,
         build_segmenter,
         build_trainer,
         check_decoder,
+        images_of_run,
+        origin_of_run,
         tensor_settings,
     )
     from moco.cli.closing_tables import print_segmentation
+    from moco.cli.segmentation_panel import print_segmentation_start
+    from moco.cli.segmentation_settings import resolved_class_weights, write_drawn_images
     from moco.cli.starting_backbone import find_backbone, with_bands
     from moco.cli.training_run import Run, fit, take_folder
     from moco.runs.atomic_files import write_json
@@ -40,7 +43,6 @@ def run(config: SegmentConfig, folder: Path) -> None:
     from moco.runs.interrupts import StopRequest
     from moco.runs.run_folder import find_checkpoint
     from moco.runs.slurm import stop_signals
-    from moco.runs.training_set import training_set
 
     pl.seed_everything(config.seed, verbose=False)
     start = find_backbone(config)
@@ -51,25 +53,26 @@ def run(config: SegmentConfig, folder: Path) -> None:
     assert values is not None  # `build_data` sets them
     start = with_bands(start, values.bands)
     class_names = data.source.class_names
-    segmenter = build_segmenter(config, start, decoder, class_names)
+    class_weights = resolved_class_weights(config.class_weights, data.source)
+    segmenter = build_segmenter(config, start, decoder, class_names, class_weights)
     with (
         StopRequest(stop_signals(config.slurm.signal)) as stop,
         failures_named(folder),
         ExitStack() as stack,
     ):
-        run = Run(config, folder, stop, hydra_files(), figures=backbone_origin(config, start))
+        origin = origin_of_run(config, start, data, class_weights)
+        run = Run(config, folder, stop, hydra_files(), figures=origin)
         if run.is_finished():
             return
         try:
             checkpoint = find_checkpoint(folder, run.plain, run.defaults)
         except InputError as error:
             raise InputError(f"{error}{way_to_measure(config, folder)}") from error
-        train = data.source.train
-        run.training_set = training_set(
-            train.images.files, len(train), config.data.batch_size, config.data.root
-        )
+        run.training_set = images_of_run(config, data)
         resumed = take_folder(run, stack, checkpoint, segmenter.hparams, tensor_settings)
+        write_drawn_images(folder, data.source, config.data.root)
         trainer = build_trainer(run, resumed)
+        print_segmentation_start(run, trainer, segmenter, data, resumed)
         # A second time, because the folder's status has to hold the same line.
         with failures_named(folder):
             fit(run, trainer, segmenter, data, checkpoint)
