@@ -60,7 +60,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
         failures_named(folder),
         ExitStack() as stack,
     ):
-        origin = origin_of_run(config, start, data, class_weights)
+        origin = origin_of_run(config, start, data)
         run = Run(config, folder, stop, hydra_files(), figures=origin)
         if run.is_finished():
             return

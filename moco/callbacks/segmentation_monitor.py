@@ -82,6 +82,8 @@ class SegmentationMonitor(EpochMeasurement):
             "segment/num_images": len(data.source.validation),
             "segment/num_classes": num_classes,
             "segment/decoder": pl_module.hparams["decoder"]["name"],
+            "segment/loss": pl_module.hparams["loss"],
+            "segment/class_weights": pl_module.hparams["class_weights"],
             "segment/epoch": epoch,
         }
         log_scalars(trainer, {key: score for key, score in scores.items() if score is not None})

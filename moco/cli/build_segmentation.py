@@ -180,10 +180,7 @@ def build_trainer(run: Run, resumed: Resumed | None) -> pl.Trainer:
 
 
 def origin_of_run(
-    config: SegmentConfig,
-    start: StartingBackbone,
-    data: SegmentationData,
-    class_weights: list[float] | None,
+    config: SegmentConfig, start: StartingBackbone, data: SegmentationData
 ) -> dict[str, Any]:
     """Return what a run starts from and learns by, under the names of ``metrics.json``."""
     figures: dict[str, Any] = {
@@ -191,12 +188,9 @@ def origin_of_run(
         "segment/encoder": config.encoder if config.checkpoint is not None else None,
         "segment/backbone": start.settings["name"],
         "segment/freeze_backbone": config.freeze_backbone,
-        "segment/loss": config.loss,
         "segment/metric": config.evaluation.metric,
         "segment/num_train_images": len(data.source.train),
     }
-    if class_weights is not None:
-        figures["segment/class_weights"] = class_weights
     draw = data.source.draw
     if draw is not None:
         num_all = len(data.source.train) + data.source.num_undrawn
