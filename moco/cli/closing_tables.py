@@ -269,9 +269,9 @@ def metric_in_words(metric: str) -> str:
 
 
 def shown(share: float | None) -> str:
-    """Return a figure of segmentation as text. Without a pixel that has a class there is none."""
+    """Return a figure of segmentation as text. There may be no pixel that tells it."""
     if share is None:
-        return "none: no held-out pixel has a class"
+        return "none: no held-out pixel tells it"
     return f"{share:.4f}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from moco.errors import InputError, printable, unknown_name
 from moco.runs.atomic_files import write_atomically
+from moco.runs.training_set import counted
 from moco.segmentation.losses import balanced_class_weights
 from moco.segmentation.mask_sources import SegmentationSource
 from moco.segmentation.metrics import SCORES, SCORES_OF_A_CLASS
@@ -104,9 +105,9 @@ def tell_of_draw(data: SegmentationData, max_epochs: int) -> None:
     if steps_of_all > data.steps_per_epoch:
         epochs = math.ceil(max_epochs * steps_of_all / data.steps_per_epoch)
         log.info(
-            "an epoch has %d steps instead of %d; trainer.max_epochs=%d makes as many steps as "
-            "%d epochs with all images",
-            data.steps_per_epoch,
+            "an epoch has %s instead of %d; trainer.max_epochs=%d makes as many steps as %d epochs "
+            "on all images",
+            counted(data.steps_per_epoch, "step"),
             steps_of_all,
             epochs,
             max_epochs,

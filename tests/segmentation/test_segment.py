@@ -312,7 +312,7 @@ def test_a_run_on_few_labels_says_which_and_keeps_the_best_by_its_metric(shapes,
     assert len(names) == 3
     assert all((shapes / name).is_file() for name in names)
     assert "num_images=3: 3 of 24 training images, drawn by their names" in caplog.text
-    assert "trainer.max_epochs=6 makes as many steps as 2 epochs with all images" in caplog.text
+    assert "trainer.max_epochs=6 makes as many steps as 2 epochs on all images" in caplog.text
 
     assert (figures["segment/metric"], figures["segment/loss"]) == ("dice/disc", "focal")
     hparams = last_checkpoint(tmp_path)["hyper_parameters"]
@@ -634,7 +634,7 @@ MISTAKES = [
     ),
     (
         ["checkpoint={swin}", "evaluation.metric=mIoU"],
-        "evaluation.metric: unknown figure 'mIoU'; did you mean 'miou'? (choices: auc, ",
+        "evaluation.metric: unknown figure 'mIoU' (choices: auc, class_accuracy, dice, ",
     ),
     (
         ["checkpoint={swin}", "num_images=25"],

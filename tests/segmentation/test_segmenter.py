@@ -4,7 +4,6 @@ import torch
 
 from moco.segmentation.segmenter import Segmenter
 
-
 SETTINGS = {
     "backbone": {"name": "resnet_tiny", "stem": "cifar"},
     "decoder": {"name": "linear"},
