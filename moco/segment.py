@@ -34,6 +34,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
         tensor_settings,
     )
     from moco.cli.closing_tables import print_segmentation
+    from moco.cli.resuming import way_to_measure
     from moco.cli.segmentation_panel import print_segmentation_start
     from moco.cli.segmentation_settings import resolved_class_weights, write_drawn_images
     from moco.cli.starting_backbone import find_backbone, with_bands
@@ -78,35 +79,6 @@ def run(config: SegmentConfig, folder: Path) -> None:
             fit(run, trainer, segmenter, data, checkpoint)
             write_json(folder / "metrics.json", run.figures)
     print_segmentation(run, class_names)
-
-
-def way_to_measure(config: SegmentConfig, folder: Path) -> str:
-    """Return how a finished run in `folder` is measured with these settings, without training.
-
-    It is empty for a run that is not finished, or whose dataset and inference are the same.
-    """
-    import yaml
-
-    from moco.runs.run_folder import CONFIG, LAST_CHECKPOINT, as_override
-    from moco.runs.run_status import read_status
-
-    if (read_status(folder) or {}).get("state") != "finished":
-        return ""
-    there = yaml.safe_load((folder / CONFIG).read_text())
-    words = []
-    if config.inference != there["inference"]:
-        words.append(as_override("evaluation.inference", config.inference))
-    if config.data.name != there["data"]["name"]:
-        words.append(as_override("data", config.data.name))
-    if config.data.root != there["data"]["root"]:
-        words.append(as_override("data.root", str(config.data.root)))
-    if not words:
-        return ""
-    checkpoint = as_override("checkpoint", folder / LAST_CHECKPOINT)
-    return (
-        ". To measure the finished run so, without training: python -m moco.evaluate "
-        f"{checkpoint} evaluation=segmentation {' '.join(words)}"
-    )
 
 
 def check_trainer(trainer: TrainerConfig) -> None:

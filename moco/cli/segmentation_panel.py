@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moco.cli.closing_tables import metric_in_words
 from moco.cli.resuming import Resumed
 from moco.cli.start_panel import describe_batch, describe_steps, print_rows, rows_of_folder
 from moco.cli.training_run import Run
@@ -45,7 +46,7 @@ def print_segmentation_start(
         ("steps", describe_steps(config, data.num_crops, step)),
         ("batch", describe_batch(config, trainer)),
         ("precision", str(trainer.precision)),
-        ("best.ckpt by", config.evaluation.metric),
+        ("best.ckpt by", metric_in_words(config.evaluation.metric)),
     ]
     print_rows(run, "Segmentation", rows + rows_of_folder(run))
 

@@ -239,7 +239,7 @@ def test_the_start_panel_says_what_is_trained(trained):
         r"crops +32 px; held-out images whole",
         r"steps +3 an epoch x 10 epochs = 30",
         r"batch +8 images on CPU",
-        r"best.ckpt by +miou",
+        r"best\.ckpt by +mIoU",
     ):
         assert re.search(f"^{row}", shown, re.MULTILINE), row
 
