@@ -25,12 +25,13 @@ def run(config: SegmentConfig, folder: Path) -> None:
     import pytorch_lightning as pl
 
     from moco.cli.build_segmentation import (
+        backbone_origin,
         build_data,
         build_segmenter,
         build_trainer,
         check_decoder,
         images_of_run,
-        origin_of_run,
+        images_origin,
         tensor_settings,
     )
     from moco.cli.closing_tables import print_segmentation
@@ -61,7 +62,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
         failures_named(folder),
         ExitStack() as stack,
     ):
-        origin = origin_of_run(config, start, data)
+        origin = backbone_origin(config, start) | images_origin(config, data)
         run = Run(config, folder, stop, hydra_files(), figures=origin)
         if run.is_finished():
             return

@@ -179,25 +179,31 @@ def build_trainer(run: Run, resumed: Resumed | None) -> pl.Trainer:
     )
 
 
-def origin_of_run(
-    config: SegmentConfig, start: StartingBackbone, data: SegmentationData
-) -> dict[str, Any]:
-    """Return what a run starts from and learns by, under the names of ``metrics.json``."""
-    figures: dict[str, Any] = {
+def backbone_origin(config: SegmentConfig, start: StartingBackbone) -> dict[str, Any]:
+    """Return where the backbone is from, under the names of ``metrics.json``."""
+    figures = {
         "segment/checkpoint": config.checkpoint,
         "segment/encoder": config.encoder if config.checkpoint is not None else None,
         "segment/backbone": start.settings["name"],
         "segment/freeze_backbone": config.freeze_backbone,
+    }
+    if hasattr(start.backbone, "window_size"):
+        figures["segment/window_size"] = list(start.backbone.window_size)
+    return figures
+
+
+def images_origin(config: SegmentConfig, data: SegmentationData) -> dict[str, Any]:
+    """Return which images are trained on, and what chooses the best checkpoint of them."""
+    train = data.source.train
+    figures: dict[str, Any] = {
         "segment/metric": config.evaluation.metric,
-        "segment/num_train_images": len(data.source.train),
+        "segment/num_train_images": len(train),
     }
     draw = data.source.draw
     if draw is not None:
-        num_all = len(data.source.train) + data.source.num_undrawn
-        figures["segment/label_fraction"] = len(data.source.train) / num_all
+        num_all = len(train) + data.source.num_undrawn
+        figures["segment/label_fraction"] = len(train) / num_all
         figures["segment/label_seed"] = draw.label_seed
-    if hasattr(start.backbone, "window_size"):
-        figures["segment/window_size"] = list(start.backbone.window_size)
     return figures
 
 
