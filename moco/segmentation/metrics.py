@@ -14,10 +14,10 @@ SCORES_OF_TWO_CLASSES = ("sensitivity", "specificity", "auc")
 SCORES_OF_A_CLASS = ("iou", "dice")
 """The figures of one class: ``segment/iou/NAME``."""
 
-NUM_BINS = 8_192
+NUM_BINS = 16_384
 """Bins of the log-odds of class 1."""
-LARGEST_LOG_ODDS = 16.0
-"""Log-odds beyond this share a bin: in float32 the probability is then 1 - 1.2e-7 or more."""
+LARGEST_LOG_ODDS = 32.0
+"""Log-odds beyond this share a bin: the probability is then within 1e-13 of 0 or 1."""
 
 
 class SegmentationCounts:
@@ -111,8 +111,8 @@ def area_under_roc(odds: Tensor) -> float | None:
 
     It is the probability that a random pixel of class 1 has a higher probability of class 1 than a
     random pixel of class 0 has; a tie counts half. Pixels of one bin count as tied, so the error is
-    at most half the share of such pairs that fall into one bin. For normally distributed log-odds
-    of 100,000 pixels the result differs from the exact area by less than 1e-5.
+    at most half the share of such pairs that fall into one bin. For 100,000 pixels with normally
+    distributed log-odds of standard deviation 0.3 to 3 the error is below 1e-5.
 
     Args:
         odds: see `log_odds_histogram`.

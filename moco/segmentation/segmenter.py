@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moco.models.backbones import build_backbone
 from moco.segmentation.decoders import SegmentationModel, build_decoder
 from moco.segmentation.layer_depths import depths_from_the_top
-from moco.segmentation.losses import SegmentationLoss
+from moco.segmentation.pixel_losses import SegmentationLoss
 from moco.training.optimizers import build_layered_optimizer
 from moco.training.schedules import fine_tuning_lr_at
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from moco.errors import InputError
-from moco.segmentation.losses import (
+from moco.segmentation.pixel_losses import (
     LIBRARY_LOSSES,
     SegmentationLoss,
     balanced_class_weights,
