@@ -74,7 +74,7 @@ def describe_decoder(segmenter: "Segmenter") -> str:
     """Return the decoder's name and its number of parameters."""
     number = sum(weight.numel() for weight in segmenter.model.decoder.parameters())
     name = segmenter.hparams["decoder"]["name"]
-    return f"{name}, {number / 1e6:.2g} million parameters"
+    return f"{name}, {number:,} parameters"
 
 
 def describe_images(data: "SegmentationData") -> str:

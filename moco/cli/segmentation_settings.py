@@ -105,12 +105,12 @@ def tell_of_draw(data: SegmentationData, max_epochs: int) -> None:
     if steps_of_all > data.steps_per_epoch:
         epochs = math.ceil(max_epochs * steps_of_all / data.steps_per_epoch)
         log.info(
-            "an epoch has %s instead of %d; trainer.max_epochs=%d makes as many steps as %d epochs "
-            "on all images",
+            "an epoch has %s instead of %d; trainer.max_epochs=%d makes as many steps as %s on "
+            "all images",
             counted(data.steps_per_epoch, "step"),
             steps_of_all,
             epochs,
-            max_epochs,
+            counted(max_epochs, "epoch"),
         )
 
 

@@ -711,7 +711,8 @@ def check_report(folder, figures):
     """Check the pictures, and the table of the images against the figures of all of them."""
     report = folder / "report"
     assert set(os.listdir(report)) == {"confusion.png", "predictions.png", "index.html"}
-    assert Image.open(report / "predictions.png").height > 6 * 32
+    with Image.open(report / "predictions.png") as picture:
+        assert picture.height > 6 * 32
     with (folder / "per_image.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [f"images/val/{number:02}.png" for number in range(8)]
