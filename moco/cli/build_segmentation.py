@@ -26,9 +26,9 @@ from moco.models.swin.backbone import Swin
 from moco.runs.training_set import TrainingSet, training_set
 from moco.segmentation.decoders import choose_decoder
 from moco.segmentation.label_draw import label_draw
-from moco.segmentation.pixel_losses import check_loss
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_sources import build_segmentation_source
+from moco.segmentation.pixel_losses import check_loss
 from moco.segmentation.segmentation_data import SegmentationData
 from moco.segmentation.segmenter import Segmenter
 

@@ -9,9 +9,9 @@ from typing import Any
 from moco.errors import InputError, printable, unknown_name
 from moco.runs.atomic_files import write_atomically
 from moco.runs.training_set import counted
-from moco.segmentation.pixel_losses import balanced_class_weights
 from moco.segmentation.mask_sources import SegmentationSource
 from moco.segmentation.metrics import SCORES, SCORES_OF_A_CLASS
+from moco.segmentation.pixel_losses import balanced_class_weights
 from moco.segmentation.segmentation_data import SegmentationData
 
 log = logging.getLogger(__name__)

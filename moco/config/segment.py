@@ -135,7 +135,8 @@ class SegmentConfig:
     """Side of the training crops and of sliding windows, px. Null: the checkpoint's."""
     augmentation: SegmentAugmentationConfig = field(default_factory=SegmentAugmentationConfig)
     loss: str = setting("ce", choices=("ce", "ce_dice", "dice", "focal", "lovasz"))
-    """See ``moco.segmentation.pixel_losses``. ce: cross-entropy. ce_dice: its sum with the Dice loss."""
+    """See ``moco.segmentation.pixel_losses``. ce: cross-entropy. ce_dice: its sum with the Dice
+    loss."""
     class_weights: Any = None
     """Weights of the classes in the loss: a list of a number above 0 for each class. auto:
     1 / ln(1.02 + p), p being the share of the class in the training masks. Null: all weigh

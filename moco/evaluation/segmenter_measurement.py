@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from moco.data.augment.views import Normalized
 from moco.data.files.written_files import SOFTWARE
+from moco.data.sources.pixel_values import PixelValues
 from moco.errors import InputError, printable
 from moco.evaluation.image_figures import PER_IMAGE, ImageFigures
 from moco.evaluation.reports.plots import legible
@@ -39,17 +41,74 @@ LONGEST_TITLE = 60
 """Letters of the name of an image above its plot."""
 
 
+@dataclass(frozen=True)
+class SegmentedImages:
+    """The held-out images of a dataset and a model that segments them."""
+
+    segmenter: Segmenter
+    """In eval mode, on `device`."""
+    source: SegmentationSource
+    """Prepared."""
+    device: torch.device
+    inference: str
+    """``whole`` or ``slide``, see `predicted_logits`."""
+    image_size: int
+    """Side of sliding windows, px."""
+    batch_size: int
+    """Images of one size at once."""
+    num_workers: int
+    """Loader processes."""
+
+    @property
+    def values(self) -> PixelValues:
+        """How the pixels of the images are made."""
+        values = self.source.validation.images.values
+        assert values is not None  # `SegmentationSource.prepare` sets them
+        return values
+
+    def batches(
+        self, indices: Sequence[int] | None = None
+    ) -> Iterator[tuple[MaskBatch, Tensor, Tensor]]:
+        """Yield batches with their logits and classes on the device.
+
+        Args:
+            indices: which images; None: all.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        look = self.segmenter.hparams
+        images, values = self.source.validation, self.values
+        loader = whole_image_loader(
+            images,
+            Normalized(look["mean"], look["std"], values.bands, values.is_float),
+            self.batch_size,
+            self.num_workers,
+            self.device,
+            indices=indices,
+        )
+        for batch in loader:
+            check_readable(batch)
+            pixels, classes = batch.images.to(self.device), batch.classes.to(self.device)
+            logits = predicted_logits(
+                self.segmenter.logits, pixels, self.inference, self.image_size
+            )
+            yield batch, logits, classes
+
+    def new_counts(self) -> SegmentationCounts:
+        """Return counts of nothing yet."""
+        source = self.source
+        return SegmentationCounts(len(source.class_names), source.ignore_index, self.device)
+
+
 def measure_segmenter(
     segmenter: Segmenter,
     source: SegmentationSource,
     device: torch.device,
     *,
-    inference: str,
-    image_size: int,
-    batch_size: int,
-    num_workers: int,
     root: Any = None,
     plots: bool = False,
+    **settings: Any,
 ) -> Findings:
     """Segment the held-out images in eval mode and float32, as the run itself measures them.
 
@@ -57,81 +116,84 @@ def measure_segmenter(
         segmenter: the model.
         source: the images, prepared.
         device: it computes there.
-        inference: ``whole`` or ``slide``, see `predicted_logits`.
-        image_size: side of sliding windows, px.
-        batch_size: images of one size at once.
-        num_workers: loader processes.
         root: the dataset's folder, which the table of images leaves out of their names.
         plots: also draw the confusion matrix, and some images from the worst to the best.
+        settings: the other fields of `SegmentedImages`.
 
     Raises:
         InputError: an image cannot be read.
     """
-    started = time.monotonic()
-    values = source.validation.images.values
-    assert values is not None  # `SegmentationSource.prepare` sets them
-    look = segmenter.hparams
-    normalize = Normalized(look["mean"], look["std"], values.bands, values.is_float)
-    images = source.validation
-    load = partial(whole_image_loader, images, normalize, batch_size, num_workers, device)
     segmenter.to(device).eval()
-
-    def segmented(batch: MaskBatch) -> tuple[Tensor, Tensor]:
-        """Return the logits and the true classes of a batch."""
-        check_readable(batch)
-        pixels, classes = batch.images.to(device), batch.classes.to(device)
-        return predicted_logits(segmenter.logits, pixels, inference, image_size), classes
-
-    num_classes = segmenter.num_classes
-    total = SegmentationCounts(num_classes, source.ignore_index, device)
+    segmented = SegmentedImages(segmenter, source, device, **settings)
+    started = time.monotonic()
+    num_images = len(source.validation)
+    total = segmented.new_counts()
     of_images = ImageFigures()
-    for batch in counted(load(), "segmenting", len(images), size=num_images_of):
-        logits, classes = segmented(batch)
+    batches = segmented.batches()
+    for batch, logits, classes in counted(batches, "segmenting", num_images, size=num_images_of):
         for row, number in enumerate(batch.indices.tolist()):
-            counts = SegmentationCounts(num_classes, source.ignore_index, device)
+            counts = segmented.new_counts()
             counts.add(logits[row : row + 1], classes[row : row + 1])
             total.include(counts)
-            num_pixels = int(counts.confusion.sum())
+            name = source.validation.name_below(root, number)
             figures = counts.figures(source.class_names)
-            of_images.add(number, images.name_below(root, number), num_pixels, figures)
-    log.info("%d images segmented in %.1f s", len(images), time.monotonic() - started)
+            of_images.add(number, name, int(counts.confusion.sum()), figures)
+    log.info("%d images segmented in %.1f s", num_images, time.monotonic() - started)
 
+    findings = findings_of(segmented, total.figures(source.class_names))
+    findings.files[PER_IMAGE] = of_images.write
+    if plots:
+        names = shown_names(source.class_names)
+        confusion = confused_pixels(names, total.confusion)
+        mark = {"Software": SOFTWARE}  # so that it is no image of a dataset
+        findings.plots["confusion.png"] = partial(confusion.savefig, format="png", metadata=mark)
+        pictures = pictures_of_some(segmented, of_images, names)
+        if pictures:
+            findings.plots["predictions.png"] = partial(write_stacked, pictures)
+    return findings
+
+
+def findings_of(segmented: SegmentedImages, figures: Mapping[str, float | None]) -> Findings:
+    """Return what is printed and written of the figures of all images."""
     scores: dict[str, float | None] = {}
     of_classes: dict[str, float | None] = {}
-    for name, figure in total.figures(source.class_names).items():
+    for name, figure in figures.items():
         part = of_classes if is_of_a_class(name) else scores
         part[name] = figure
+    source, inference = segmented.source, segmented.inference
+    num_images = len(source.validation)
     protocol = {
         "segment/inference": inference,
-        "segment/image_size": image_size,
-        "segment/num_images": len(images),
-        "segment/num_classes": num_classes,
-        "segment/decoder": look["decoder"]["name"],
+        "segment/image_size": segmented.image_size,
+        "segment/num_images": num_images,
+        "segment/num_classes": len(source.class_names),
+        "segment/decoder": segmented.segmenter.hparams["decoder"]["name"],
     }
     miou = scores["segment/miou"]
     headline = "no mIoU: no held-out pixel has a class"
     if miou is not None:
-        headline = f"mIoU {100 * miou:.1f} % of {len(images):,} images (inference={inference})"
-    findings = Findings(
-        "segmentation by a fine-tuned model",
-        scores,
-        protocol,
-        of_classes,
-        [table_of_classes(source.class_names, of_classes)],
-        headline,
-    )
-    findings.files[PER_IMAGE] = of_images.write
-    if not plots:
-        return findings
+        headline = f"mIoU {100 * miou:.1f} % of {num_images:,} images (inference={inference})"
+    table = table_of_classes(source.class_names, of_classes)
+    title = "segmentation by a fine-tuned model"
+    return Findings(title, scores, protocol, of_classes, [table], headline)
 
-    names = shown_names(source.class_names)
-    confusion = confused_pixels(names, total.confusion)
-    mark = {"Software": SOFTWARE}  # so that it is no image of a dataset
-    findings.plots["confusion.png"] = partial(confusion.savefig, format="png", metadata=mark)
+
+def pictures_of_some(
+    segmented: SegmentedImages, of_images: ImageFigures, names: Sequence[str]
+) -> list[np.ndarray]:
+    """Return pictures of some images with mask and prediction, from the worst to the best.
+
+    The images are segmented again, because the predictions of all would not fit into memory.
+
+    Args:
+        segmented: the images.
+        of_images: their figures.
+        names: of the classes, as plots show them.
+    """
+    look = segmented.segmenter.hparams
     chosen = of_images.from_worst_to_best("segment/miou", NUM_PLOTTED)
     drawn: dict[int, np.ndarray] = {}
-    for batch in load(indices=chosen):
-        logits, classes = segmented(batch)
+    for batch, logits, classes in segmented.batches(chosen):
         for row, number in enumerate(batch.indices.tolist()):
             name, _, figures = of_images.rows[number]
             title = f"{legible(printable(name), LONGEST_TITLE) or number}: "
@@ -142,13 +204,10 @@ def measure_segmenter(
                 names,
                 look["mean"],
                 look["std"],
-                values,
+                segmented.values,
                 title + f"mIoU {figures['segment/miou']:.3f}",
             )
-    if drawn:
-        in_order = [drawn[number] for number in chosen]
-        findings.plots["predictions.png"] = partial(write_stacked, in_order)
-    return findings
+    return [drawn[number] for number in chosen]
 
 
 def table_of_classes(class_names: Sequence[str], figures: Mapping[str, float | None]) -> Table:
@@ -169,9 +228,9 @@ def table_of_classes(class_names: Sequence[str], figures: Mapping[str, float | N
     return table_of(title, ("class", "IoU", "Dice"), rows)
 
 
-def num_images_of(batch: MaskBatch) -> int:
-    """Return how many images of a batch could be read."""
-    return len(batch.images)
+def num_images_of(segmented: tuple[MaskBatch, Tensor, Tensor]) -> int:
+    """Return how many images a batch of `SegmentedImages` holds."""
+    return len(segmented[0].images)
 
 
 def check_same_classes(there: Sequence[str], here: Sequence[str], origin: str) -> None:

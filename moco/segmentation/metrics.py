@@ -57,7 +57,7 @@ class SegmentationCounts:
     def include(self, other: "SegmentationCounts") -> None:
         """Add what `other` has counted."""
         self.confusion += other.confusion
-        if self.odds is not None:
+        if self.odds is not None and other.odds is not None:
             self.odds += other.odds
 
     def figures(self, class_names: Sequence[str]) -> dict[str, float | None]:
