@@ -404,7 +404,15 @@ def dataset_source(
                 "a whole number for each image; give bank, too"
             )
         sides["bank"] = (training, labels)
-    return replace(source, **labelled_sides(where, sides))
+    return with_labels(source, where, sides)
+
+
+def with_labels(
+    source: DataSource, where: str, sides: Mapping[str, tuple[DatasetImages, np.ndarray]]
+) -> DataSource:
+    """Return a source with bank and queries, see `labelled_sides`."""
+    found = labelled_sides(where, sides)
+    return replace(source, bank=found["bank"], queries=found.get("queries"))
 
 
 def labelled_sides(
@@ -645,9 +653,9 @@ def divided(
     is_query = is_held_out(names, held_out)
     # A monitor needs images on both sides. The hash of few names may put all on one.
     if is_query.all() or not is_query.any():
-        return replace(source, **labelled_sides(images.where, {"bank": (images, labels)}))
+        return with_labels(source, images.where, {"bank": (images, labels)})
     sides = {}
     for key, is_chosen in (("bank", ~is_query), ("queries", is_query)):
         part = replace(images, rows=images.rows[is_chosen])
         sides[key] = (part, labels[is_chosen])
-    return replace(source, **labelled_sides(images.where, sides))
+    return with_labels(source, images.where, sides)
