@@ -429,7 +429,13 @@ def inspect_pair(
             f"{printable(pair.mask)}: the mask has {mask.shape[1]} x {mask.shape[0]} px, "
             f"but its image {printable(pair.image)} has {width} x {height} px"
         )
-    numbers, num_pixels = np.unique(mask, return_counts=True)
+    if mask.dtype == np.uint8:
+        # Several times as fast as sorting.
+        counts = np.bincount(mask.ravel())
+        numbers = np.flatnonzero(counts)
+        num_pixels = counts[numbers]
+    else:
+        numbers, num_pixels = np.unique(mask, return_counts=True)
     pixels_of_numbers = dict(zip(numbers.tolist(), num_pixels.tolist(), strict=True))
     pixels_of_numbers.pop(ignore_index, None)
     return (height, width), pixels_of_numbers
