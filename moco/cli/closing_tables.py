@@ -235,7 +235,8 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
     checkpoint = run.folder / LAST_CHECKPOINT
     rows.append(("checkpoint", os.path.relpath(checkpoint)))
     best = run.folder / BEST_CHECKPOINT
-    if best.is_file():
+    # A run that goes on with other images has the file of before, until there is a better one.
+    if best.is_file() and "segment/best_epoch" in figures:
         checkpoint = best
         rows.append(("best checkpoint", os.path.relpath(best)))
         rows.append(("chosen by", best_in_words(run)))
