@@ -76,7 +76,7 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
         num_workers=num_workers,
         seed=config.seed,
     )
-    tell_of_draw(data, config.trainer.max_epochs)
+    tell_of_draw(data, config)
     return data
 
 

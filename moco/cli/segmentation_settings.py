@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moco.config.segment import SegmentConfig
 from moco.errors import InputError, printable, unknown_name
 from moco.runs.atomic_files import write_atomically
 from moco.runs.training_set import counted
@@ -81,7 +82,7 @@ def check_metric(metric: str, class_names: Sequence[str]) -> None:
         raise InputError(f"evaluation.metric: {unknown_name('figure', metric, choices)}")
 
 
-def tell_of_draw(data: SegmentationData, max_epochs: int) -> None:
+def tell_of_draw(data: SegmentationData, config: SegmentConfig) -> None:
     """Log which part of the training images is used, and what that does to the epochs."""
     draw = data.source.draw
     if draw is None:
@@ -103,15 +104,23 @@ def tell_of_draw(data: SegmentationData, max_epochs: int) -> None:
         )
     steps_of_all = num_all // data.batch_size
     if steps_of_all > data.steps_per_epoch:
-        epochs = math.ceil(max_epochs * steps_of_all / data.steps_per_epoch)
         log.info(
-            "an epoch has %s instead of %d; trainer.max_epochs=%d makes as many steps as %s on "
-            "all images",
+            "an epoch has %s instead of %d; to train, measure and save as often as with all "
+            "images: %s",
             counted(data.steps_per_epoch, "step"),
             steps_of_all,
-            epochs,
-            counted(max_epochs, "epoch"),
+            " ".join(settings_of_equal_steps(config, steps_of_all / data.steps_per_epoch)),
         )
+
+
+def settings_of_equal_steps(config: SegmentConfig, factor: float) -> list[str]:
+    """Return the settings that count epochs, for epochs that have `factor` times fewer steps."""
+    epochs = {
+        "trainer.max_epochs": config.trainer.max_epochs,
+        "evaluation.every_n_epochs": config.evaluation.every_n_epochs,
+        "checkpoint_every_n_epochs": config.checkpoint_every_n_epochs,
+    }
+    return [f"{key}={math.ceil(factor * number)}" for key, number in epochs.items()]
 
 
 def write_drawn_images(folder: Path, source: SegmentationSource, root: Any) -> None:

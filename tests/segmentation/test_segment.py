@@ -312,7 +312,10 @@ def test_a_run_on_few_labels_says_which_and_keeps_the_best_by_its_metric(shapes,
     assert len(names) == 3
     assert all((shapes / name).is_file() for name in names)
     assert "num_images=3: 3 of 24 training images, drawn by their names" in caplog.text
-    assert "trainer.max_epochs=6 makes as many steps as 2 epochs on all images" in caplog.text
+    assert (
+        "an epoch has 1 step instead of 3; to train, measure and save as often as with all images: "
+        "trainer.max_epochs=6 evaluation.every_n_epochs=3 checkpoint_every_n_epochs=3"
+    ) in caplog.text
 
     assert (figures["segment/metric"], figures["segment/loss"]) == ("dice/disc", "focal")
     hparams = last_checkpoint(tmp_path)["hyper_parameters"]
