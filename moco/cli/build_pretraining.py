@@ -16,7 +16,7 @@ from moco.cli.checks import num_processes
 from moco.cli.resuming import Resumed
 from moco.cli.training_run import Run
 from moco.config.data import DataConfig
-from moco.config.train import TrainConfig
+from moco.config.train import LocalCropsConfig, TrainConfig
 from moco.errors import InputError
 
 if TYPE_CHECKING:
@@ -124,9 +124,11 @@ def local_crops_of(config: TrainConfig) -> "LocalCrops | None":
     """Return which local crops a run has, or None if it has none."""
     from moco.data.augment.local_crops import LocalCrops
 
-    if config.method.local_crops == 0:
-        return None
     given = config.augmentation.local
+    if config.method.local_crops == 0:
+        if given != LocalCropsConfig():
+            log.warning("augmentation.local has no effect: method.local_crops=0")
+        return None
     return LocalCrops(
         config.method.local_crops,
         given.size,

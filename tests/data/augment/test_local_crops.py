@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from moco.cli.build_pretraining import build_data, local_crops_of
+from moco.config.train import TrainConfig
 from moco.data.augment.draws import uniforms
 from moco.data.augment.local_crops import FIRST_LOCAL_VIEW, NUM_TRIES, LocalCrops
 from moco.data.augment.resolution_ramp import ResolutionRamp
@@ -123,10 +125,17 @@ def test_views_without_local_crops_are_refused(operations, local, message):
         ViewPair(operations, image_size=16, local=local)
 
 
+def test_settings_of_local_crops_without_any_are_warned_of(caplog):
+    config = TrainConfig()
+    assert local_crops_of(config) is None
+    assert caplog.messages == []
+    config.augmentation.local.size = 0.3
+    assert local_crops_of(config) is None
+    assert caplog.messages == ["augmentation.local has no effect: method.local_crops=0"]
+
+
 @pytest.mark.parametrize("engine", ["batch", pytest.param("worker", marks=pytest.mark.slow)])
 def test_a_run_gets_the_local_crops_of_its_pair(engine, runner):
-    from moco.cli.build_pretraining import build_data
-
     config = runner.config("method.local_crops=2", f"data.engine={engine}")
     data = build_data(config)
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
