@@ -219,8 +219,14 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
     rows.append(("checkpoint", os.path.relpath(run.folder / LAST_CHECKPOINT)))
     print_table(run.console, "Segmentation is done", rows)
     folder = os.path.relpath(run.folder)
+    steps = []
     if "tensorboard" in logger_names(run.plain["logger"]):
-        print_next(run.console, [f"tensorboard --logdir {shell_quoted(folder)}"])
+        steps.append(f"tensorboard --logdir {shell_quoted(folder)}")
+    data = run.config.data
+    words = [as_override("checkpoint", folder), f"data={data.name}"]
+    words += [as_override("data.root", str(data.root)), "overlays=true"]
+    steps.append(" ".join(["python -m moco.predict", *words]))
+    print_next(run.console, steps)
 
 
 def shown(share: float | None) -> str:

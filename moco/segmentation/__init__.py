@@ -2,5 +2,7 @@
 
 Others may take `build_segmentation_source` (mask_sources), `MaskedImages` (masked_images), the
 loaders of `mask_batches`, `Segmenter` (segmenter), `SegmentationData` (segmentation_data),
-`predicted_classes` (inference) and the functions of `metrics`.
+`predicted_classes` (inference) and the functions of `metrics`; and for new images `PixelClassifier`
+(pixel_classifier), `ImageSegmenter` (image_segmenter), `MaskPass` (mask_prediction) and
+`MaskFolder` (mask_files).
 """
