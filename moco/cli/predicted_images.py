@@ -13,6 +13,7 @@ from moco.cli.closing_tables import MAX_CLASSES_SHOWN, shown, shown_iou
 from moco.cli.default_outputs import predictions_folder
 from moco.cli.measured_segmenter import build_measured_source, pixel_settings_of
 from moco.config.predict import PredictConfig
+from moco.config.pretrained import is_given
 from moco.data.loading.every_image import ImageSet, image_set
 from moco.data.loading.workers import cores_of
 from moco.data.sources.pixel_values import PixelValues
@@ -36,6 +37,20 @@ from moco.training.hardware import choose_device
 from moco.weights.inflation import check_bands
 from moco.weights.load_segmenter import FineTuned
 
+OF_IMAGES_ALONE = (
+    "target",
+    "options",
+    "labels",
+    "pages",
+    "band_files",
+    "tile",
+    "num_images",
+    "image_column",
+    "label_column",
+    "image_key",
+    "label_key",
+)
+"""Settings that data with masks does not have."""
 NOT_COMPARED = (*FREE_SETTINGS, "max_image_pixels")
 """Settings of the data that may differ when the same masks are continued."""
 
@@ -77,6 +92,9 @@ def build_images(config: PredictConfig, tuned: FineTuned) -> PredictedImages:
     roots: list[Any] = root if isinstance(root, list) else [root]
     ignore_index = tuned.learned["ignore_index"]
     if name in MASKED:
+        for key in OF_IMAGES_ALONE:
+            if is_given(config.data, key):
+                raise InputError(f"data.{key}: data={name} has no such setting")
         wants_train = config.split == "train"
         with_masks = build_measured_source(tuned, config.data, name, root, wants_train=wants_train)
         with_masks.prepare(data, mean, config.preview.bands)
