@@ -148,7 +148,8 @@ class MaskPass:
     def missing_batches(self) -> Iterator[list[ImageKey]]:
         """Yield the batches of which a file is missing."""
         keys: Any = self.images.keys_from(self.images.start)
-        for batch in BatchSampler(keys, self.batch_size, drop_last=False):
+        batches: Any = BatchSampler(keys, self.batch_size, drop_last=False)
+        for batch in batches:
             names = list(map(self.name_of, batch))
             if all(map(self.folder.is_done, names)):
                 self.outcome.kept += len(batch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from moco.data.augment.views import Normalized
 from moco.data.sources.pixel_values import PixelValues
 from moco.errors import InputError, RunError
+from moco.models.timm_backbone import TimmBackbone
 from moco.segmentation.averaged_views import mean_probabilities
 from moco.segmentation.blended_windows import ScoredPart, blended_scores
 from moco.segmentation.decoders import fill_up
@@ -80,8 +82,7 @@ class PixelClassifier:
         self.how = how
         self.device = device
         self.num_classes = segmenter.num_classes
-        # A cell of the coarsest map. A backbone may have no cell for a smaller image.
-        self.smallest_side = max(segmenter.model.backbone.feature_map_strides)
+        self.smallest_side = smallest_side(segmenter.model.backbone)
 
     @torch.no_grad()
     def scores(self, pixels: Tensor) -> Tensor:
@@ -140,6 +141,18 @@ class PixelClassifier:
         height, width = images.shape[-2:]
         images = fill_up(images, self.smallest_side, self.smallest_side)
         return self.segmenter.logits(images)[..., :height, :width]
+
+
+def smallest_side(backbone: Any) -> int:
+    """Return the least side of images for which a backbone has feature maps, px.
+
+    It is a cell of the finest map. A network of timm may lack padding on coarser maps, so that it
+    needs a cell of the coarsest one.
+    """
+    strides = backbone.feature_map_strides
+    if isinstance(backbone, TimmBackbone):
+        return int(max(strides))
+    return int(strides[0])
 
 
 def check_inference(how: Inference) -> None:
