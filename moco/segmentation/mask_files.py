@@ -231,10 +231,27 @@ def write_jpeg(file: BinaryIO, pixels: np.ndarray) -> None:
 def overlay_of(shown: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Return an image with the colours of its classes laid over it, (height, width, 3) uint8.
 
+    Class 0, which is black in the palette and often the background, shows the image as it is. The
+    other regions are mixed with their colour, and their edges are drawn in it.
+
     Args:
         shown: (height, width, 3) uint8.
         classes: (height, width) class numbers.
         colours: (classes + 1, 3) uint8.
     """
-    mixed = (1 - OVERLAY_SHARE) * shown + OVERLAY_SHARE * colours[classes]
+    shares = np.where(is_edge(classes), 1.0, OVERLAY_SHARE)
+    shares[classes == 0] = 0
+    mixed = shown + shares[..., None] * (colours[classes].astype(np.float64) - shown)
     return np.rint(mixed).astype(np.uint8)
+
+
+def is_edge(classes: np.ndarray) -> np.ndarray:
+    """Return which pixels have a neighbour above, below or beside of another class, as bool."""
+    edge = np.zeros(classes.shape, bool)
+    below = classes[1:] != classes[:-1]
+    edge[1:] |= below
+    edge[:-1] |= below
+    beside = classes[:, 1:] != classes[:, :-1]
+    edge[:, 1:] |= beside
+    edge[:, :-1] |= beside
+    return edge

@@ -272,13 +272,13 @@ class MaskPass:
     ) -> None:
         """Write the classes of a part (classes, height, width) into the arrays of its image."""
         height, width = scores.shape[1:]
-        place = (slice(top, top + height), slice(left, left + width))
+        rows, columns = slice(top, top + height), slice(left, left + width)
         # 16 bits hold all numbers of classes that a mask may have.
         numbers = scores.argmax(dim=0).to(torch.int32).cpu().numpy()
-        arrays.classes[place] = numbers
+        arrays.classes[rows, columns] = numbers
         if arrays.probabilities is not None:
             probabilities = classifier.probabilities(scores).cpu().numpy()
-            arrays.probabilities[(slice(None), *place)] = self.folder.stored(probabilities)
+            arrays.probabilities[:, rows, columns] = self.folder.stored(probabilities)
 
     def write(self, image: ReadImage, arrays: Arrays, parts: ImageParts | None) -> None:
         """Write the files of an image.

@@ -148,8 +148,11 @@ def test_masks_below_a_folder_of_images_are_no_images(tmp_path, image_tree):
     assert len(list_images(folder.folder / "masks")) == 1  # asked for by name, they are masks
 
 
-def test_an_overlay_mixes_image_and_colours():
+def test_an_overlay_shows_class_0_as_it_is_and_draws_the_edges_of_others():
     colours = np.array([[0, 0, 0], [200, 0, 100], [9, 9, 9]], np.uint8)
-    shown = np.full((1, 2, 3), 100, np.uint8)
-    found = overlay_of(shown, np.array([[0, 1]]), colours)
-    assert found.tolist() == [[[50, 50, 50], [150, 50, 100]]]
+    shown = np.full((5, 5, 3), 100, np.uint8)
+    classes = np.zeros((5, 5), np.uint8)
+    classes[:, 1:4] = 1
+    found = overlay_of(shown, classes, colours)
+    expected = [[100, 100, 100], [200, 0, 100], [150, 50, 100], [200, 0, 100], [100, 100, 100]]
+    assert found.tolist() == [expected] * 5
