@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from moco.cli.launch import hydra_files, launch
-from moco.config.predict import PredictConfig
+from moco.config.predict import PredictConfig, check_averaging
 
 
 def run(config: PredictConfig, folder: Path) -> None:
@@ -44,6 +44,7 @@ def run(config: PredictConfig, folder: Path) -> None:
     from moco.segmentation.pixel_classifier import PixelClassifier
     from moco.weights.load_segmenter import inference_of, load_fine_tuned
 
+    check_averaging(config)
     if config.output is not None:
         check_masks_folder(Path(config.output))
     devices = chosen_devices(config.accelerator, config.devices)

@@ -229,9 +229,10 @@ def prediction_rows(
         rows.append(("unreadable images, left out", f"{num_unreadable:,}"))
     if num_now:
         rows.append(("images per second", f"{figures['predict/images_per_second']:.3g}"))
-    mode = how.mode
-    if mode == "slide":
-        mode += f", windows of {how.window} px"
+    windows = f"windows of {how.window} px"
+    mode = f"{how.mode}, {windows}"
+    if how.mode == "whole":
+        mode = f"whole; by {windows} above {how.max_forward_pixels:,} px"
     if how.is_averaged:
         mode += f", scales {', '.join(f'{scale:g}' for scale in how.scales)}"
     if how.flip:

@@ -6,7 +6,9 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from moco.config.data import DisplayConfig, ImageSourceConfig
+from moco.config.pretrained import is_given
 from moco.config.settings import setting
+from moco.errors import InputError
 
 
 @dataclass
@@ -96,3 +98,19 @@ class PredictConfig:
     """Import the functions that the checkpoint names, see ``moco.evaluate --help trust_targets``.
     Only for files that you trust."""
     preview: DisplayConfig = field(default_factory=DisplayConfig)
+
+
+def check_averaging(config: PredictConfig) -> None:
+    """Check that no setting of test-time augmentation is given in vain, and that there is a scale.
+
+    Raises:
+        InputError: names the setting.
+    """
+    for key in ("tta_scales", "tta_flip"):
+        if not config.tta and is_given(config, key):
+            raise InputError(f"{key}: without tta=true it has no effect")
+    if not config.tta_scales:
+        raise InputError("tta_scales=[]: expected at least one number, such as 1")
+    for scale in config.tta_scales:
+        if not 0.1 <= scale <= 10:
+            raise InputError(f"tta_scales={config.tta_scales}: expected numbers from 0.1 to 10")

@@ -27,6 +27,7 @@ from moco.data.loading.workers import unchanged
 from moco.data.sources.pixel_values import PreparedImage
 from moco.data.sources.shards import Problem
 from moco.errors import InputError, RunError, printable
+from moco.phases import phase
 from moco.segmentation.image_parts import ImageParts
 from moco.segmentation.mask_files import Arrays, MaskFolder, overlay_of
 from moco.segmentation.mask_names import mask_name, same_mask
@@ -261,10 +262,14 @@ class MaskPass:
                 return pixels[:, top : top + height, left : left + width]
 
         arrays = self.folder.empty_arrays(size)
-        with error_named([image]):
+        num_done = 0
+        # A large raster takes hours, so its own pixels are counted, too.
+        with error_named([image]), phase(printable(image.name), math.prod(size), "px") as say:
             for part in classifier.parts(read, size):
                 self.check_not_ended()
                 self.fill(arrays, classifier, *part)
+                num_done += part.scores[0].numel()
+                say(num_done)
         self.write(image, arrays, parts)
 
     def fill(

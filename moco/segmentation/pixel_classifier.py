@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moco.data.augment.views import Normalized
 from moco.data.sources.pixel_values import PixelValues
-from moco.errors import InputError, RunError
+from moco.errors import RunError
 from moco.models.timm_backbone import TimmBackbone
 from moco.segmentation.averaged_views import mean_probabilities
 from moco.segmentation.blended_windows import ScoredPart, blended_scores
@@ -153,12 +153,3 @@ def smallest_side(backbone: Any) -> int:
     if isinstance(backbone, TimmBackbone):
         return int(max(strides))
     return int(strides[0])
-
-
-def check_inference(how: Inference) -> None:
-    """Raise InputError if a factor of the size is out of range."""
-    for scale in how.scales:
-        if not 0.1 <= scale <= 10:
-            raise InputError(f"tta_scales={list(how.scales)}: expected numbers from 0.1 to 10")
-    if not how.scales:
-        raise InputError("tta_scales=[]: expected at least one number, such as 1")

@@ -1,14 +1,15 @@
 """Load a model of ``moco.segment`` from its checkpoint, without Hydra."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moco.errors import InputError
+from moco.errors import InputError, unknown_name
 from moco.models.swin.window_change import rewindow
 from moco.runs.checkpoint_files import read_checkpoint
 from moco.runs.run_folder import LAST_CHECKPOINT
 from moco.segmentation.image_segmenter import ImageSegmenter
-from moco.segmentation.pixel_classifier import LARGEST_FORWARD, Inference, check_inference
+from moco.segmentation.pixel_classifier import LARGEST_FORWARD, Inference
 from moco.segmentation.segmenter import Segmenter
 from moco.targets import check_named
 
@@ -32,7 +33,7 @@ def load_segmenter(
     inference: str | None = None,
     image_size: int | None = None,
     tta: bool = False,
-    tta_scales: tuple[float, ...] = (0.75, 1.0, 1.25),
+    tta_scales: Sequence[float] = (0.75, 1.0, 1.25),
     tta_flip: bool = True,
     batch_size: int = 1,
     max_forward_pixels: int = LARGEST_FORWARD,
@@ -56,13 +57,19 @@ def load_segmenter(
         trust_targets: import that function without its being named here. It runs then.
 
     Raises:
-        InputError: the file cannot be read, or holds no model of moco.segment.
+        InputError: the file cannot be read, holds no model of moco.segment, or an argument has no
+            such value.
 
     Example:
         >>> segment = moco.load_segmenter("runs/segment/TIME")
         >>> classes = segment(image)  # (H, W, bands) to (H, W)
         >>> probabilities = segment.probabilities(image)  # (classes, H, W)
     """
+    if inference not in (None, "slide", "whole"):
+        choices = ("slide", "whole")
+        raise InputError(f"inference: {unknown_name('value', inference, choices)}")
+    if not tta_scales or min(tta_scales) <= 0:
+        raise InputError(f"tta_scales={[*tta_scales]}: expected numbers above 0")
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / LAST_CHECKPOINT
@@ -73,7 +80,7 @@ def load_segmenter(
         tuned,
         inference=inference,
         image_size=image_size,
-        tta_scales=tta_scales if tta else (1.0,),
+        tta_scales=tuple(tta_scales) if tta else (1.0,),
         tta_flip=tta and tta_flip,
         batch_size=batch_size,
         max_forward_pixels=max_forward_pixels,
@@ -137,11 +144,8 @@ def inference_of(
         tuned: the model.
         inference: ``whole``, ``slide`` or None.
         image_size: side of sliding windows, px, or None.
-
-    Raises:
-        InputError: a scale is out of range.
     """
-    how = Inference(
+    return Inference(
         mode=inference or tuned.config["inference"],
         window=image_size or tuned.learned["image_size"],
         blend=blend,
@@ -150,8 +154,6 @@ def inference_of(
         batch_size=batch_size,
         max_forward_pixels=max_forward_pixels,
     )
-    check_inference(how)
-    return how
 
 
 def rebuilt_segmenter(hyper_parameters: dict[str, Any], state: dict[str, Any]) -> Segmenter:

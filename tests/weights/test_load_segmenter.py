@@ -87,6 +87,18 @@ def test_a_checkpoint_without_a_decoder_names_the_program_that_makes_one(checkpo
         moco.load_segmenter(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"inference": "slied"}, "inference: unknown value 'slied'; did you mean 'slide'"),
+        ({"tta": True, "tta_scales": [1, 0]}, r"tta_scales=\[1, 0\]: expected numbers above 0"),
+    ],
+)
+def test_wrong_arguments_are_named(folder, arguments, said):
+    with pytest.raises(InputError, match=said):
+        moco.load_segmenter(folder, **arguments)
+
+
 def test_one_pixel_has_a_class(folder):
     assert moco.load_segmenter(folder)(np.zeros((1, 1, 3), np.uint8)).shape == (1, 1)
 
