@@ -243,7 +243,14 @@ def fail():
 EXTRAS = ["overlays=true", "probabilities=npz"]
 
 
-@pytest.mark.parametrize("kind", ["error", "signal", "two devices"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "signal",
+        pytest.param("error", marks=pytest.mark.slow),
+        pytest.param("two devices", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_prediction_ends_in_the_same_bytes(model, tmp_path, few_images, kind):
     # The second thread takes more batches until the failure of the first is noticed.
     batch_size = 1 if kind == "two devices" else 2
