@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from moco.cli.closing_tables import MAX_CLASSES_SHOWN, shown, shown_iou
+from moco.cli.closing_tables import rows_of_segmentation
 from moco.cli.default_outputs import predictions_folder
 from moco.cli.measured_segmenter import build_measured_source, pixel_settings_of
 from moco.config.predict import PredictConfig
@@ -216,7 +216,7 @@ def prediction_rows(
     Args:
         figures: from `figures_of`.
         how: how the images were predicted.
-        class_names: with more than `MAX_CLASSES_SHOWN` no class has a row of its own.
+        class_names: of the model.
         masks: the folder of the predicted masks.
     """
     num_images, num_now = figures["predict/num_images"], figures["predict/num_written_now"]
@@ -242,10 +242,7 @@ def prediction_rows(
     if masks.kind == "tiff":
         rows.append(("probabilities", f"tiff: {TIFF_SCALE} is 1"))
     if "segment/miou" in figures:
-        rows.append(("mIoU", shown(figures["segment/miou"])))
-        rows.append(("pixel accuracy", shown(figures["segment/pixel_accuracy"])))
-        if len(class_names) <= MAX_CLASSES_SHOWN:
-            rows += [(f"IoU, {name}", shown_iou(figures, name)) for name in class_names]
+        rows += rows_of_segmentation(figures, class_names)
     return rows
 
 
