@@ -355,6 +355,20 @@ def test_samples_of_shards_have_their_names(model, tmp_path, few_images):
     assert len(list((folder / "masks" / "part-0.tar").glob("*.png"))) == 5
 
 
+def test_shards_with_the_same_names_are_refused_when_they_are_met(model, tmp_path, few_images):
+    shards = []
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        shards.append(tmp_path / folder / "part.tar")
+        with tarfile.open(shards[-1], "w") as tar:
+            for path in sorted((few_images / "a").iterdir()):
+                tar.add(path, path.name)
+    root = f"data.root=[{shards[0]},{shards[1]}]"
+    with pytest.raises(InputError, match=r"part.tar/00 and part.tar/00 would have the same mask"):
+        predict(model, tmp_path, "data=webdataset", root, "batch_size=5")
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 5
+
+
 def test_masks_give_figures_and_resumed_ones_are_the_same(tmp_path):
     shapes = draw_shapes(tmp_path / "shapes", num_train=2, num_val=4)
     model = write_run(tmp_path / "model")

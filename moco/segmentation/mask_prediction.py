@@ -151,14 +151,17 @@ class MaskPass:
         keys: Any = self.images.keys_from(self.images.start)
         batches: Any = BatchSampler(keys, self.batch_size, drop_last=False)
         for batch in batches:
-            names = list(map(self.name_of, batch))
-            if all(map(self.folder.is_done, names)):
+            num_missing = 0
+            for key in batch:
+                if isinstance(key.source, Problem) or not self.folder.is_done(self.name_of(key)):
+                    num_missing += 1
+            if num_missing == 0:
                 self.outcome.kept += len(batch)
             else:
                 yield batch
 
     def name_of(self, key: ImageKey) -> str:
-        """Return the name of an image's mask.
+        """Return the name of an image's mask, once for each image.
 
         Raises:
             InputError: another image has the same.
@@ -166,9 +169,9 @@ class MaskPass:
         name = mask_name(key.name, self.roots)
         # Images by number were checked before the pass. The names in shards are known only now.
         if not isinstance(key.source, int):
-            other = self.names.setdefault(name, key.name)
-            if other != key.name:
-                raise InputError(same_mask(other, key.name, name))
+            if name in self.names:
+                raise InputError(same_mask(self.names[name], key.name, name))
+            self.names[name] = key.name
         return name
 
     def results(self, loader: Iterable[list[ReadImage]]) -> Iterator[tuple[list[Problem], int]]:
