@@ -22,7 +22,7 @@ from moco.segmentation.mask_files import MaskFolder
 from tests.conftest import REPOSITORY, run_program
 from tests.segmentation.fine_tuned import build_random_segmenter, write_run
 from tests.segmentation.shapes import draw_shapes
-from tests.segmentation.test_segment import composed
+from tests.segmentation.test_segment import composed, evaluated
 
 CPU = ["accelerator=cpu", "data.num_workers=0"]
 
@@ -394,6 +394,22 @@ def test_masks_give_figures_and_resumed_ones_are_the_same(tmp_path):
     again = json.loads((folder / "metrics.json").read_text())
     for key in ("segment/miou", "segment/pixel_accuracy", "segment/num_images"):
         assert again[key] == figures[key]
+
+
+@pytest.mark.parametrize("inference", ["slide", pytest.param("whole", marks=pytest.mark.slow)])
+def test_without_blending_the_figures_are_those_of_moco_evaluate(tmp_path, inference):
+    shapes = draw_shapes(tmp_path / "shapes", num_train=2, num_val=3)
+    model = write_run(tmp_path / "model")
+    where = ["data=segmentation_folder", f"data.root={shapes}"]
+    how = [f"inference={inference}", "blend=false", "image_size=16", "batch_size=3"]
+    folder = predict(model, tmp_path, *where, *how)
+    figures = json.loads((folder / "metrics.json").read_text())
+    measured = evaluated(
+        model / "checkpoints" / "last.ckpt", tmp_path / "evaluated", *where, "data.image_size=16",
+        f"evaluation.inference={inference}", "evaluation.plots=false",
+    )  # fmt: skip
+    for key in ("segment/miou", "segment/pixel_accuracy", "segment/dice"):
+        assert figures[key] == pytest.approx(measured[key], abs=2e-3)
 
 
 def test_bands_and_range_are_those_of_the_run(tmp_path, generator):

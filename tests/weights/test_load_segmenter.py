@@ -99,8 +99,24 @@ def test_wrong_arguments_are_named(folder, arguments, said):
         moco.load_segmenter(folder, **arguments)
 
 
-def test_one_pixel_has_a_class(folder):
-    assert moco.load_segmenter(folder)(np.zeros((1, 1, 3), np.uint8)).shape == (1, 1)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"name": "resnet_tiny"},
+        pytest.param({"name": "swin_v2_tiny_patch2"}, marks=pytest.mark.slow),
+        {"name": "vit_tiny_patch4"},
+        pytest.param({"name": "timm", "model": "convnext_atto"}, marks=pytest.mark.slow),
+    ],
+)
+def test_images_of_any_size_have_classes(tmp_path, backbone, generator):
+    folder = write_run(tmp_path, **backbone)
+    plain = moco.load_segmenter(folder)
+    averaged = moco.load_segmenter(folder, inference="slide", image_size=24, tta=True)
+    for size in ((1, 1), (1, 50), (7, 3), (33, 65)):
+        pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+        for segment in (plain, averaged):
+            assert segment(pixels).shape == size
+            assert np.isfinite(segment.probabilities(pixels)).all()
 
 
 @pytest.mark.slow
