@@ -247,7 +247,7 @@ def prediction_rows(
 
 
 def next_step(config: PredictConfig, output: Path) -> list[str]:
-    """Return what to type next: draw overlays, or average over copies of the images.
+    """Return what to type next: draw overlays, average over copies, or measure the model.
 
     Args:
         config: of the program.
@@ -265,5 +265,6 @@ def next_step(config: PredictConfig, output: Path) -> list[str]:
     elif not config.tta:
         kept += [as_override("output", f"{output}_tta"), "tta=true"]
     else:
-        return []
+        model = as_override("checkpoint", config.checkpoint)
+        return [f"python -m moco.evaluate {model} evaluation=segmentation"]
     return [" ".join(["python -m moco.predict", *kept])]
