@@ -136,6 +136,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
         at_data=at_data,
         shown_bands=config.preview.bands,
         pair=pair,
+        num_steps=pretrained.step,
     )
     return subject, pretrained
 
