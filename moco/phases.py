@@ -187,6 +187,17 @@ def short(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
 
 
+def about(seconds: float) -> str:
+    """Return a rough duration as ``22 h``, ``40 min`` or ``3 s``; from two days on in days."""
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:.0f} days"
+    if seconds >= 3300:
+        return f"{max(1.0, seconds / 3600):.2g} h"
+    if seconds >= 90:
+        return f"{seconds / 60:.0f} min"
+    return f"{max(1, seconds):.0f} s"
+
+
 def clock(seconds: float) -> str:
     """Return a duration as ``5:12``, ``1 h 05 m`` or ``2 d 5 h``."""
     minutes, second = divmod(max(0, round(seconds)), 60)

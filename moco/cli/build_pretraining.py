@@ -187,6 +187,7 @@ def build_trainer(
     from moco.callbacks.knn_monitor import KNNMonitor
     from moco.callbacks.label_free_monitor import LabelFreeMonitor
     from moco.callbacks.learning_verdict import LearningVerdict
+    from moco.callbacks.long_run import LongRun
     from moco.callbacks.online_probe import OnlineProbe
     from moco.callbacks.training_monitor import TrainingMonitor
     from moco.callbacks.unreadable_images import UnreadableList
@@ -206,6 +207,7 @@ def build_trainer(
             plots=FeaturePlots(evaluation.plots_every_n_epochs, evaluation.projector_images),
         ),
         CollapseWatch(),
+        LongRun(),
     ]
     if evaluation.diagnostics_every_n_steps:
         monitors.append(LabelFreeMonitor(evaluation.diagnostics_every_n_steps))
