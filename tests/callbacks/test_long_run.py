@@ -12,7 +12,12 @@ from moco.callbacks.long_run import LongRun, in_words
     ("seconds_per_step", "steps_per_epoch", "num_steps", "line"),
     [
         (1.0, 4, 7199, None),
-        (25.0, 4, 3200, "about 22 h at this speed; a shorter run: trainer.max_epochs=36 (about 1 h)"),
+        (
+            25.0,
+            4,
+            3200,
+            "about 22 h at this speed; a shorter run: trainer.max_epochs=36 (about 1 h)",
+        ),
         (2.0, 5_000, 100_000, "about 2 days at this speed; a shorter run: trainer.max_steps=1800"),
         (1.0, 4, float("inf"), None),
     ],
