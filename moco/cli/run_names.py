@@ -208,13 +208,26 @@ def as_part(override: Override) -> str:
     return f"{key_of(override)}-{override.get_value_element_as_str()}"
 
 
+def without_folders(part: str) -> str:
+    """Return a part of a name, ``KEY-VALUE``, without the folders before the last part of a path.
+
+    The value may be a list of paths.
+    """
+    key, dash, value = part.partition("-")
+    value = re.sub(r"[^,\[\]]*/(?=[^,\[\]/])", "", value)
+    return key + dash + value
+
+
 def file_name(parts: Iterable[str]) -> str:
     """Return the sorted parts as one name that needs no quotes in an override.
 
-    A name that had to be shortened or changed ends with a hash of the whole text.
+    Of a path in it the last part stays. A name that had to be shortened or changed ends with a hash
+    of the whole text.
     """
-    text = "__".join(sorted(parts))
-    name = re.sub(r"[^\w.-]", "-", text, flags=re.ASCII)[:MAX_NAME_LENGTH]
+    parts = sorted(parts)
+    text = "__".join(parts)
+    short = "__".join(map(without_folders, parts))
+    name = re.sub(r"[^\w.-]", "-", short, flags=re.ASCII)[:MAX_NAME_LENGTH]
     if name == text:
         return name
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from moco.cli.launch import remove_empty
 from moco.cli.run_folders import check_folder
-from moco.cli.run_names import is_named_by_time, new_folder
+from moco.cli.run_names import is_named_by_time, job_name, new_folder, sweep_name
 from moco.config.pretrained import EvaluateConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError
@@ -61,6 +61,22 @@ def test_an_evaluation_does_not_overwrite_the_run_of_its_checkpoint(tmp_path):
     with pytest.raises(InputError, match="is the run of checkpoint="):
         check_folder(config, run)
     check_folder(config, run / "evaluation")
+
+
+def test_of_a_path_the_last_part_is_in_the_name_of_a_sweep_and_the_names_differ():
+    overrides = [
+        "method.temperature=0.1,0.2",
+        'data.root="/tmp/data/Fotos Überblick"',
+    ]
+    name = sweep_name(overrides)
+    assert name.startswith("data.root-Fotos--berblick-__method.temperature__")
+    names = {
+        job_name([f"data.root={root}"], ["data.root"])
+        for root in ("/a/b/train", "/a/c/train", "[/a/x,/b/y]", "train", "/a/b/train/")
+    }
+    assert len(names) == 5
+    assert "data.root-train" in names
+    assert max(map(len, names)) < 35
 
 
 def test_only_empty_folders_inside_runs_go_with_a_run_that_never_began(tmp_path, monkeypatch):
