@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from moco.cli.launch import hydra_files, launch
 from moco.config.pack import PackConfig
 from moco.errors import InputError
+from moco.phases import LOADING, phase
 
 if TYPE_CHECKING:
     from moco.data.packing import Pool
@@ -25,14 +26,14 @@ def run(config: PackConfig, folder: Path) -> None:
         InputError: the source cannot be read, or the output folder holds something else.
         RunError: the disk is full, or images of the copy differ.
     """
-    from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
-    from moco.data.sources.registry import build_source
-    from moco.data.sources.source import reading_of
-    from moco.phases import phase
-    from moco.runs.failures import failures_without_training_named
-    from moco.runs.folder_lock import locked
-    from moco.runs.interrupts import PARTS_KEPT, ending_at_once
-    from moco.runs.run_folder import claimed
+    with phase(LOADING, unit=""):
+        from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
+        from moco.data.sources.registry import build_source
+        from moco.data.sources.source import reading_of
+        from moco.runs.failures import failures_without_training_named
+        from moco.runs.folder_lock import locked
+        from moco.runs.interrupts import PARTS_KEPT, ending_at_once
+        from moco.runs.run_folder import claimed
 
     output = Path(config.output)
     data = dataclasses.asdict(config.data)
@@ -67,7 +68,6 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     """
     from moco.cli.closing_tables import print_plain, print_table
     from moco.data.packing import CopyWriter, chunk_loader, describe_copy, open_copy
-    from moco.phases import phase
     from moco.runs.interrupts import ENDING, held_back
     from moco.runs.run_folder import as_override
     from moco.screen import screen

@@ -17,6 +17,8 @@ from moco.screen import screen
 
 log = logging.getLogger(__name__)
 
+LOADING = "loading the libraries"
+"""Title of the phase in which a program imports torch, which takes seconds."""
 SECONDS_WITHOUT_BAR = 2.0
 """A phase that ends sooner draws nothing."""
 SECONDS_WITHOUT_LINE = 10.0

@@ -14,6 +14,7 @@ from moco.cli.checks import check_output
 from moco.cli.launch import hydra_files, launch
 from moco.config.stats import StatsConfig
 from moco.errors import InputError, printable
+from moco.phases import LOADING, phase
 
 if TYPE_CHECKING:
     from moco.data.band_statistics import Statistics
@@ -30,18 +31,19 @@ def run(config: StatsConfig, folder: Path) -> None:
     Raises:
         InputError: the dataset cannot be read, or too many of its images.
     """
-    from moco.cli.closing_tables import print_plain
-    from moco.data.band_statistics import figures_of
-    from moco.data.sources.pixel_values import checked_selection
-    from moco.data.sources.registry import build_source
-    from moco.data.sources.sample import chosen_bands
-    from moco.data.sources.source import reading_of
-    from moco.evaluation.subject import table_of
-    from moco.runs.atomic_files import write_json
-    from moco.runs.failures import failures_without_training_named
-    from moco.runs.interrupts import ending_at_once
-    from moco.runs.run_folder import claimed
-    from moco.screen import screen
+    with phase(LOADING, unit=""):
+        from moco.cli.closing_tables import print_plain
+        from moco.data.band_statistics import figures_of
+        from moco.data.sources.pixel_values import checked_selection
+        from moco.data.sources.registry import build_source
+        from moco.data.sources.sample import chosen_bands
+        from moco.data.sources.source import reading_of
+        from moco.evaluation.subject import table_of
+        from moco.runs.atomic_files import write_json
+        from moco.runs.failures import failures_without_training_named
+        from moco.runs.interrupts import ending_at_once
+        from moco.runs.run_folder import claimed
+        from moco.screen import screen
 
     output = Path(config.output) if config.output else folder / "stats.json"
     check_output(output)
@@ -73,7 +75,6 @@ def measured(
     from moco.data.band_statistics import Reading, Statistics
     from moco.data.files.images import check_bad_fraction
     from moco.data.loading.every_image import image_set
-    from moco.phases import phase
 
     images = image_set(source.train)
     statistics = Statistics()

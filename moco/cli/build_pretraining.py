@@ -18,6 +18,7 @@ from moco.cli.training_run import Run
 from moco.config.data import DataConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError
+from moco.phases import LOADING, phase
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -68,13 +69,14 @@ def build_data(
 
         source = with_groups(source, data.root, data.group)
 
-    from moco.data.augment.resolution_ramp import ResolutionRamp
-    from moco.data.augment.trial import try_own_steps
-    from moco.data.augment.views import EvaluationView, ViewPair
-    from moco.data.loading.datamodule import PretrainingData
-    from moco.data.loading.loaders import choose_engine
-    from moco.data.sources.sample import prepare_source
-    from moco.training.hardware import choose_device
+    with phase(LOADING, unit=""):
+        from moco.data.augment.resolution_ramp import ResolutionRamp
+        from moco.data.augment.trial import try_own_steps
+        from moco.data.augment.views import EvaluationView, ViewPair
+        from moco.data.loading.datamodule import PretrainingData
+        from moco.data.loading.loaders import choose_engine
+        from moco.data.sources.sample import prepare_source
+        from moco.training.hardware import choose_device
 
     pair = config.augmentation
     values = prepare_source(source, vars(data), pair.mean, config.preview.bands)
