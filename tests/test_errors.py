@@ -40,7 +40,7 @@ def test_the_nearest_path_is_in_the_deepest_folder_that_exists(places, path, nea
 def test_a_checkpoint_that_is_not_there_names_the_nearest_or_the_runs(places):
     with pytest.raises(InputError, match="no such file; did you mean 'runs/small'"):
         check_weights("runs/smal")
-    with pytest.raises(InputError, match="runs here, newest first: runs/.*, runs/") as error:
+    with pytest.raises(InputError, match=r"runs here, newest first: runs/.*, runs/") as error:
         check_weights("elsewhere/weights.pth")
     assert "runs/quickstart/2026-11-30" in str(error.value)
     check_weights(None)
