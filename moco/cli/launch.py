@@ -38,11 +38,12 @@ from moco.cli.preset_choice import (
 )
 from moco.cli.run_folders import check_folder
 from moco.cli.run_names import register_resolvers, renamed_by_preset, takes_name_of_preset
+from moco.cli.typed_command import typed_command
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schema
 from moco.errors import InputError, Interrupted, printable
-from moco.runs.interrupts import REQUEUEING, listen_early
+from moco.runs.interrupts import ENDING, REQUEUEING, listen_early
 from moco.runs.processors import allowed_processors, fit_threads, processor_quota
-from moco.runs.run_folder import CONFIG
+from moco.runs.run_folder import CONFIG, as_override, has_checkpoint
 from moco.runs.run_status import write_ending
 from moco.runs.slurm import is_first_task, requeue, stop_signals
 
@@ -99,7 +100,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
                 raise
             if isinstance(error, Interrupted) and OmegaConf.select(composed, "slurm.requeue"):
                 error = queued_again(error, folder)
-            return end_job(error, folder, schema)
+            return end_job(error, folder, config_name)
 
     usual_error = argparse.ArgumentParser.error
     change_hydra()
@@ -204,8 +205,9 @@ def key_of_text(override: str) -> str:
     return override.partition("=")[0].lstrip("+")
 
 
-def end_job(error: BaseException, folder: Path, schema: type) -> Failure:
+def end_job(error: BaseException, folder: Path, config_name: str) -> Failure:
     """Report the error. Exit, or return the failure if a sweep has to go on."""
+    schema = SCHEMAS[config_name]
     if isinstance(error, Interrupted) and not is_first_task():
         # The first task reports for the job. Another exit code than 0 would make srun end the
         # first task, perhaps while it saves.
@@ -216,10 +218,24 @@ def end_job(error: BaseException, folder: Path, schema: type) -> Failure:
         write_ending(folder, error)  # for the sweep's table
     elif folder.is_dir() and not any(folder.iterdir()):
         remove_empty(folder)  # Hydra made it for a run that never began
+    if isinstance(error, Interrupted) and not is_sweep:
+        print_way_on(error, folder, config_name)
     if not is_sweep or isinstance(error, (Interrupted, KeyboardInterrupt)):
         sys.exit(code)
     codes.append(code)
     return Failure(code, line)
+
+
+def print_way_on(error: Interrupted, folder: Path, config_name: str) -> None:
+    """Print the whole command that goes on with a run which the user has interrupted.
+
+    With a forgotten setting it would be another run. A job that is queued again needs no command.
+    """
+    if error.signal_number not in ENDING or not has_checkpoint(folder):
+        return
+    where = as_override("hydra.run.dir", os.path.relpath(folder))
+    command = typed_command(config_name, drops={"hydra.run.dir"}, extra=[where])
+    print(f"next: {printable(command)}")
 
 
 def remove_empty(folder: Path) -> None:
