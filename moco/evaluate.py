@@ -43,7 +43,14 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     check_weights(config.checkpoint)
     with phase(LOADING, unit=""):
         from moco.cli import measured_segmenter
-        from moco.cli.closing_tables import is_sweep_job, print_plain, shown, two_columns
+        from moco.cli.closing_tables import (
+            is_sweep_job,
+            print_next,
+            print_plain,
+            shown,
+            two_columns,
+        )
+        from moco.cli.typed_command import after_evaluation
         from moco.evaluation.measurements import measure
         from moco.evaluation.reports.page import report_page
         from moco.runs.atomic_files import write_atomically, write_json
@@ -80,6 +87,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     for path in [*files, output]:
         if path.suffix != ".png":  # the page shows them
             print_plain(console, f"written to {os.path.relpath(path)}")
+    print_next(console, after_evaluation(config, findings.scores))
 
 
 def show(console: "Console", folder: Path, headline: str, tables: Sequence["Table"]) -> None:

@@ -148,11 +148,11 @@ def figures_table(
         features: (images, feature_dim), the shape of the features.
         embeddings: (images, embedding_dim), the shape of the embeddings; None if there are none.
     """
-    expected = {"feature_rank_me": f"at most {min(features)}, higher is better"}
+    expected = {"feature_rank_me": f"at most {min(features)}, higher is often better"}
     if embeddings is not None:
         expected |= {
-            "rank_me": f"at most {min(embeddings)}, higher is better",
-            "lidar": f"at most {min(embeddings[1], MOST_VIEWED)}, higher is better",
+            "rank_me": f"at most {min(embeddings)}, higher is often better",
+            "lidar": f"at most {min(embeddings[1], MOST_VIEWED)}, higher is often better",
             "embedding_std": f"0: all equal, {1 / math.sqrt(embeddings[1]):.4f}: spread out",
             "uniformity": "0: all in one place, -4: spread out",
             # A run's own figure is of the training, see docs/evaluation.md.
