@@ -41,7 +41,7 @@ def run(config: PackConfig, folder: Path) -> None:
         if data.pop(name) is not None:
             raise InputError(f"data.{name}: a copy keeps the values; give it to those who read it")
     # These are settings of the copy, and not of the source.
-    for name in ("dicom_window", "max_bad_fraction", "resize"):
+    for name in ("dicom_window", "max_bad_fraction", "num_workers", "resize"):
         del data[name]
     source = build_source(**data)
     source.read_as(reading_of(vars(config.data)))
@@ -76,13 +76,17 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     settings = dataclasses.asdict(config)
     for name in ("output", "num_workers", "check"):
         del settings[name]
+    del settings["data"]["num_workers"]
+    num_workers = config.data.num_workers
+    if config.num_workers is not None:
+        num_workers = config.num_workers
     if isinstance(config.data.root, str):  # the command may go on from another working directory
         settings["data"]["root"] = os.path.abspath(config.data.root)
     index = open_copy(output, settings, pool)
     if index["complete"]:
         return
     with closing(CopyWriter(output, index, pool, config.data.max_bad_fraction)) as writer:
-        loader = chunk_loader(pool, index, writer.num_done, config.num_workers)
+        loader = chunk_loader(pool, index, writer.num_done, num_workers)
         with held_back(ENDING):  # a loader that is interrupted while it starts prints a traceback
             chunks = iter(loader)
         with phase("packing", len(pool), start=writer.num_done) as say:

@@ -51,12 +51,12 @@ def run(config: StatsConfig, folder: Path) -> None:
         raise InputError(f"high={config.high}: expected more than low={config.low}")
     selection = checked_selection(chosen_bands(vars(config.data)))
     data = dataclasses.asdict(config.data)
-    for name in ("dicom_window", "value_range", "nodata", "max_bad_fraction"):
+    for name in ("dicom_window", "value_range", "nodata", "max_bad_fraction", "num_workers"):
         del data[name]  # these are no settings of the source
     source = build_source(**data)
     source.read_as(reading_of(vars(config.data)))
     console = screen.console
-    with failures_without_training_named("num_workers"), ending_at_once():
+    with failures_without_training_named("data.num_workers"), ending_at_once():
         statistics = measured(source, selection, config)
     figures = figures_of(statistics, selection, config.low, config.high, per_band=config.per_band)
     console.print(table_of(title_of(figures), COLUMNS, map(row_of, figures["bands"])))
@@ -80,8 +80,11 @@ def measured(
     statistics = Statistics()
     problems: dict[str, str] = {}
     reading = Reading(selection, config.data.nodata)
+    num_workers = config.data.num_workers
+    if config.num_workers is not None:
+        num_workers = config.num_workers
     with phase("measuring", len(images)) as say:
-        for number, read in enumerate(images.each(reading, config.num_workers), start=1):
+        for number, read in enumerate(images.each(reading, num_workers), start=1):
             problem = read.problem
             if not problem:
                 problem = statistics.add(read.value)

@@ -19,7 +19,7 @@ def typed(monkeypatch):
     def call(program, *overrides):
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = compose(program, list(overrides), return_hydra_config=True)
-        running = HydraConfig()
+        running = object.__new__(HydraConfig)  # its class would return the one of this process
         running.set_config(config)
         monkeypatch.setattr(HydraConfig, "instance", lambda: running)
 
