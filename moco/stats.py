@@ -6,6 +6,7 @@ and ``augmentation.std``.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ def run(config: StatsConfig, folder: Path) -> None:
         print_plain(console, f"  {key}={value}".replace(", ", ","))
     with claimed(folder, dataclasses.asdict(config), hydra_files()):
         write_json(output, figures)
-    print_plain(console, f"written to {output}")
+    print_plain(console, f"written to {os.path.relpath(output)}")
 
 
 def measured(
