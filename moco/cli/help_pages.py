@@ -196,13 +196,14 @@ def origin_of_values(program: str, chosen: Sequence[str]) -> list[Line]:
         return []
     what = " ".join(chosen) or "a run"
     if any(override.lstrip("+").startswith("experiment=") for override in chosen):
-        return paragraph(f"The values are those of {what}.", indent=2)
-    return paragraph(
+        return [*paragraph(f"The values are those of {what}.", indent=2), []]
+    lines = paragraph(
         f"The values are those of {what} without an experiment. experiment=NAME --help shows those "
         "of an experiment. data.root=DIR without an experiment takes own_images_small, "
         "own_images_medium or own_images_large, by the number of images.",
         indent=2,
     )
+    return [*lines, []]
 
 
 def settings_lines(
