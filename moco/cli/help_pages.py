@@ -157,7 +157,8 @@ def topic_page(
                 lines.append([(f"  {name}", "cyan")])
                 lines += paragraph(meaning, indent=6)
         if inside:
-            lines += section(f"{word}, {whose_values(chosen)}")
+            values = "with these choices" if chosen else "with defaults"
+            lines += section(f"{word}, {values}")
             lines += settings_lines(program, inside, folders, chosen)
     return lines[1:]  # a section begins with an empty line
 

@@ -124,7 +124,7 @@ def renamed_by_preset(folder: Path, preset: str) -> Path:
         return folder
     with suppress(OSError):  # other runs are in there
         folder.parent.rmdir()
-    running = HydraConfig.get()
+    running: Any = HydraConfig.get()
     with read_write(running), open_dict(running):
         running.run.dir = os.path.relpath(new)
         running.runtime.output_dir = str(new)
