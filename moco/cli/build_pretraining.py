@@ -125,7 +125,8 @@ def listed_source(data: DataConfig, folder: Path | None, *, is_kept: bool = Fals
         InputError: the images cannot be listed.
     """
     # The rest is imported afterwards: a mistake in data.root shows at once.
-    from moco.data.sources.registry import build_source
+    with phase(LOADING, unit=""):
+        from moco.data.sources.registry import build_source
 
     arguments = inspect.signature(build_source).parameters
     settings = {key: value for key, value in vars(data).items() if key in arguments}

@@ -17,6 +17,7 @@ from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig, TrainerConfig
 from moco.errors import InputError, near_path
 from moco.extras import install_command
+from moco.phases import LOADING, phase
 from moco.runs.run_folder import LAST_CHECKPOINT, as_override, has_checkpoint
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ def check_pretraining(config: TrainConfig, folder: Path) -> None:
         hint = near_path(config.init_from)
         raise InputError(f"init_from={config.init_from}: no such file{hint}")
 
-    from moco.training.hardware import choose_device
+    with phase(LOADING, unit=""):
+        from moco.training.hardware import choose_device
 
-    choose_device(config.trainer.accelerator, config.trainer.devices)
+        choose_device(config.trainer.accelerator, config.trainer.devices)
 
 
 def check_weights(checkpoint: str | None) -> None:
