@@ -80,7 +80,7 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
 
 
 def say_collapse(collapse: Collapse, num_steps: int) -> None:
-    """Log a collapse as a warning, or as usual where the training has hardly begun.
+    """Log a collapse as a warning, or that it is too early where the training has hardly begun.
 
     Args:
         collapse: what the embeddings show.
@@ -88,8 +88,8 @@ def say_collapse(collapse: Collapse, num_steps: int) -> None:
     """
     if 0 < num_steps < EARLY_STEPS:
         log.info(
-            "too early to tell: the checkpoint is of step %d, and %s. That is usual in the first "
-            "%d steps; if it is still so later, it is a collapse",
+            "too early to tell: the checkpoint is of step %d, and %s. In the first %d steps "
+            "healthy runs are near that, too; if it is still so later, it is a collapse",
             num_steps,
             collapse.sign,
             EARLY_STEPS,
@@ -156,7 +156,7 @@ def figures_table(
             "embedding_std": f"0: all equal, {1 / math.sqrt(embeddings[1]):.4f}: spread out",
             "uniformity": "0: all in one place, -4: spread out",
             # A run's own figure is of the training, see docs/evaluation.md.
-            "alignment": "0: equal views, 2: unrelated; of this encoder alone, not as in the run",
+            "alignment": "0: equal views, 2: unrelated; a run's own has two encoders",
         }
     title = f"without labels, of {features[0]:,} images"
     rows = []
