@@ -97,8 +97,11 @@ def near_path(path: str | os.PathLike[str]) -> str:
             names = [entry.name for entry in itertools.islice(entries, MOST_NEAR)]
     except OSError:
         return ""
-    found = {name.lower(): name for name in sorted(names)}
-    nearest = difflib.get_close_matches(name.lower(), found, n=1)
+    # Without endings: two names are not alike because both are checkpoints.
+    stem, ending = os.path.splitext(name.lower())
+    names.sort(key=lambda name: (os.path.splitext(name.lower())[1] == ending, name))
+    found = {os.path.splitext(name.lower())[0]: name for name in names}
+    nearest = difflib.get_close_matches(stem, found, n=1)
     if not nearest:
         return ""
     near = os.path.join(folder, found[nearest[0]])

@@ -24,6 +24,7 @@ def places(tmp_path, monkeypatch):
         ("runs/smal/checkpoints/last.ckpt", "runs/small/checkpoints/last.ckpt"),
         ("runs/smal/else.ckpt", "runs/small"),
         ("runs/small/checkpoints/lats.ckpt", "runs/small/checkpoints/last.ckpt"),
+        ("runs/small/checkpoints/none.ckpt", None),  # the same ending says nothing
         ("RUNS/small", "runs/small"),
         ("fotos uberblick/", "Fotos Überblick"),
         ("runs/small", None),  # it exists
