@@ -231,7 +231,8 @@ def print_way_on(error: Interrupted, folder: Path, config_name: str) -> None:
 
     With a forgotten setting it would be another run. A job that is queued again needs no command.
     """
-    if error.signal_number not in ENDING or not has_checkpoint(folder):
+    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if not is_first or error.signal_number not in ENDING or not has_checkpoint(folder):
         return
     where = as_override("hydra.run.dir", os.path.relpath(folder))
     command = typed_command(config_name, drops={"hydra.run.dir"}, extra=[where])
