@@ -413,11 +413,13 @@ def switches_seen(weights: Weights) -> dict[str, str]:
     switches = {}
     for name, norm in weights.items():
         if re.search(r"(features\.[246]|layers\.\d\.downsample)\.norm\.weight$", name):
-            # Patch merging projects (4 C,) to (2 C,).
+            # Patch merging projects 4 C channels to 2 C.
             projection = weights.get(name.replace("norm", "reduction"))
-            if projection is not None and len(norm) == projection.shape[1]:
+            if projection is None:
+                continue
+            if norm.shape == projection.shape[1:]:
                 switches["norm"] = "pre"
-            else:
+            elif norm.shape == projection.shape[:1]:
                 switches["norm"] = "res_post"
     if not switches:
         return {}  # not a Swin
