@@ -23,7 +23,7 @@ from moco.errors import InputError
 from moco.models.backbones import SWIN_V1, SWIN_V2, switches_of_swin, usual_name
 from moco.models.size_constants import Size
 from moco.models.swin.attention import WindowAttention
-from moco.models.swin.backbone import Swin, clipped_windows, one_or_each
+from moco.models.swin.backbone import MAX_WINDOW_SIZE, Swin, clipped_windows, one_or_each
 from moco.models.swin.windows import offset_coordinates, relative_positions
 from moco.models.timm_backbone import TimmBackbone
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
@@ -475,41 +475,55 @@ def kind_of_coordinates(tables: Sequence[Tensor]) -> str | None:
     """Return the position_bias whose MLP reads tables of coordinates.
 
     On a linear scale two cells lie twice as far as one. On a log scale they lie at most 1.9 times
-    as far, for windows of up to 64 cells.
+    as far, for windows of up to 64 cells. A window of two cells has no such offset. Its coordinates
+    are of a log scale if they are normalised by a whole window of up to 64 cells.
 
     Args:
-        tables: (1, 2 window - 1, 2 window - 1, 2) each, as torchvision saves them. Without one of a
-            window of at least three cells the result is None.
+        tables: (1, 2 window - 1, 2 window - 1, 2) each, as torchvision saves them. Windows of a
+            single cell do not tell; if there is no other the result is None.
     """
     for table in tables:
         middle = table.shape[1] // 2
         if middle >= 2:
             one_cell = float(table[0, middle + 1, middle, 0])
             two_cells = float(table[0, middle + 2, middle, 0])
-            if two_cells > 1.95 * one_cell:
-                return "linear_cpb"
-            return "log_cpb"
+            is_linear = two_cells > 1.95 * one_cell
+        elif middle == 1:
+            window = normalising_window(table, "log_cpb")
+            is_linear = abs(window - round(window)) > 1e-3 or round(window) > MAX_WINDOW_SIZE
+        else:
+            continue
+        if is_linear:
+            return "linear_cpb"
+        return "log_cpb"
     return None
+
+
+def normalising_window(table: Tensor, position_bias: str) -> float:
+    """Return the window that normalises a table of coordinates, whole up to rounding.
+
+    The offset of one cell tells.
+    """
+    middle = table.shape[1] // 2
+    one_cell = float(table[0, middle + 1, middle, 0])
+    if position_bias == "log_cpb":
+        one_cell = (2 ** (3 * one_cell) - 1) / 8
+    return 1 / one_cell + 1
 
 
 def pretrained_windows(tables: Sequence[Tensor], usual: Sequence[int]) -> list[int]:
     """Return the windows that normalise tables of coordinates, as torchvision saves them.
 
-    The offset of one cell tells. A window of a single cell has no such offset, so it is the usual
-    one.
+    A window of a single cell has no offsets, so it is the usual one.
 
     Args:
         tables: (1, 2 window - 1, 2 window - 1, 2) each.
         usual: one window for each table, cells.
     """
-    is_linear = kind_of_coordinates(tables) == "linear_cpb"
+    kind = kind_of_coordinates(tables)
     windows = []
     for table, window in zip(tables, usual, strict=True):
-        middle = table.shape[1] // 2
-        if middle > 0:
-            one_cell = float(table[0, middle + 1, middle, 0])
-            if not is_linear:
-                one_cell = (2 ** (3 * one_cell) - 1) / 8
-            window = round(1 / one_cell + 1)
+        if kind is not None and table.shape[1] > 1:
+            window = round(normalising_window(table, kind))
         windows.append(window)
     return windows
