@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,6 +14,7 @@ from moco.cli.closing_tables import print_plain
 from moco.cli.preset_choice import PRESET_FILE, Preset
 from moco.cli.run_names import key_of, parsed
 from moco.cli.training_run import Run
+from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.errors import printable
 from moco.runs.shell_quotes import shell_quoted
@@ -49,7 +50,17 @@ def print_start(
         data: its data.
         step: number of optimizer steps that are done already; None for a new run.
     """
-    rows = start_rows(run, trainer, method, data, step)
+    print_rows(run, "Pretraining", start_rows(run, trainer, method, data, step))
+
+
+def print_rows(run: Run, title: str, rows: Sequence[Row]) -> None:
+    """Print what a training is about to do: a panel, or plain lines without a terminal.
+
+    Args:
+        run: the run.
+        title: of the panel.
+        rows: names and texts.
+    """
     width = max(len(name) for name, _ in rows)
     if not run.console.is_terminal:
         for name, text in rows:
@@ -67,7 +78,7 @@ def print_start(
             continue
         # As Text, brackets in a path are no markup.
         table.add_row(name, Text(printable(text)))
-    run.console.print(Panel(table, title="Pretraining", title_align="left", expand=False))
+    run.console.print(Panel(table, title=title, title_align="left", expand=False))
     for name, text in below:
         print_plain(run.console, printable(f"{name}: {text}"))
 
@@ -84,6 +95,11 @@ def start_rows(
         ("backbone", describe_backbone(config, method)),
         ("images", describe_images(source)),
     ]
+    size = config.method.queue_size
+    if size is not None:
+        rows.append(("queue", describe_queue(config, len(source.train))))
+        if step is None:
+            rows.append(("loss", describe_loss(config, method.loss_of_chance(size))))
     if source.bank is not None and source.queries is not None:
         num_bank = len(source.bank.images)
         num_queries = len(source.queries.images)
@@ -98,9 +114,14 @@ def start_rows(
     ]
     if "experiment" in names:
         rows.insert(0, ("experiment", names["experiment"]))
+    return rows + rows_of_folder(run)
+
+
+def rows_of_folder(run: Run) -> list[Row]:
+    """Return the run folder, and the command that shows the run in TensorBoard if it is there."""
     folder = os.path.relpath(run.folder)
-    rows.append(("run folder", folder))
-    if "tensorboard" in (config.logger or ()):
+    rows = [("run folder", folder)]
+    if "tensorboard" in (run.config.logger or ()):
         rows.append(("watch it", f"tensorboard --logdir {shell_quoted(folder)}"))
     return rows
 
@@ -144,6 +165,39 @@ def describe_method(config: TrainConfig) -> str:
     if method.dense_weight > 0:
         parts.append(f"dense term of weight {method.dense_weight:g}")
     return ", ".join(parts)
+
+
+def describe_queue(config: TrainConfig, num_images: int) -> str:
+    """Return the size of the queue, and how it stands to the images and the batch."""
+    from moco.runs.checkpoint_files import in_bytes
+
+    size = config.method.queue_size
+    assert size is not None
+    num_bytes = config.method.num_queues * size * config.method.embedding_dim * 4  # float32
+    share = "at most a tenth of the images"
+    if size > num_images // 10:
+        share = "more than a tenth of the images"
+    text = f"{size:,} keys ({in_bytes(num_bytes)}), {share}: see K in docs/recipes.md"
+    if size < config.data.batch_size:
+        text += "; it may be smaller than a batch"
+    return text
+
+
+def describe_loss(config: TrainConfig, loss_of_chance: float) -> str:
+    """Return the loss of chance, and why the first losses may be lower.
+
+    A queue holds random vectors or nothing at first. An encoder that maps all images close
+    together, as it does before training, tells its keys from random vectors at once.
+    """
+    keys_per_step = config.data.batch_size
+    if config.method.symmetric and config.method.num_queues == 1:
+        keys_per_step *= 2  # one queue gets the keys of both views
+    num_steps = -(-(config.method.queue_size or 0) // keys_per_step)
+    steps = "the first step has" if num_steps == 1 else f"the first {num_steps:,} steps have"
+    return (
+        f"{loss_of_chance:.2f} is chance; it may begin near 0 and rise, until {steps} filled the "
+        "queue with real keys"
+    )
 
 
 def describe_backbone(config: TrainConfig, method: "MoCo") -> str:
@@ -207,7 +261,7 @@ def sizes_of(images: "Images") -> str:
     return " to ".join(dict.fromkeys(shown)) + " px"
 
 
-def describe_steps(config: TrainConfig, num_images: int, step: int | None) -> str:
+def describe_steps(config: TrainConfig | SegmentConfig, num_images: int, step: int | None) -> str:
     """Return steps per epoch, epochs, all steps, and how many are done already."""
     per_epoch = num_images // config.data.batch_size
     epochs = config.trainer.max_epochs
@@ -220,7 +274,7 @@ def describe_steps(config: TrainConfig, num_images: int, step: int | None) -> st
     return text
 
 
-def describe_batch(config: TrainConfig, trainer: "pl.Trainer") -> str:
+def describe_batch(config: TrainConfig | SegmentConfig, trainer: "pl.Trainer") -> str:
     """Return the number of images of an optimizer step and the devices that share them."""
     import torch
 

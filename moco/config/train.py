@@ -111,7 +111,8 @@ class MethodConfig:
     negatives: str = setting("queue", choices=("batch", "queue"))
     """queue: keys of earlier steps. batch: the other keys of the same step, of all devices."""
     queue_size: Optional[int] = setting(65536, at_least=1)
-    """Number of keys in the queue (K in the papers). Null: no queue."""
+    """Number of keys in the queue (K in the papers). At most a tenth of the images suits most
+    datasets, see ``docs/recipes.md``. Null: no queue."""
     num_queues: int = setting(1, at_least=1, at_most=2)
     """1: all keys go to one queue. 2: the keys of each view have their own queue of queue_size,
     which needs the symmetric loss."""
