@@ -62,6 +62,8 @@ def run(config: PreviewConfig, folder: Path) -> None:
 def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
     """Draw a row for each pair: query view, its numbers, key view, its numbers.
 
+    Local crops stand below the pair that they belong to, in the same scale.
+
     Args:
         data: a `PretrainingData`.
         images: the result of `PretrainingData.first_images`.
@@ -73,6 +75,9 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
 
     queries, keys = data.pairs(images)
     columns = {"query": to_images(queries, data), "key": to_images(keys, data)}
+    factor = -(-SMALLEST_VIEW // queries.shape[3])
+    # A list for each local crop, with an image for each row.
+    local_crops = [to_images(crops, data, factor) for crops in data.local_crops(images)]
     texts = []
     names = []
     for index, image, name in images:
@@ -89,9 +94,15 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
         names.append([name, key_name])
     num_lines = 2 + max(len(lines) for pair in texts for lines in pair)
     side = columns["query"][0].height
-    row_height = max(side, num_lines * LINE_HEIGHT) + MARGIN
+    pair_height = max(side, num_lines * LINE_HEIGHT) + MARGIN
+    row_height = pair_height
+    if local_crops:
+        row_height += local_crops[0][0].height + MARGIN
     column_width = side + 2 * MARGIN + TEXT_WIDTH
-    sheet = Image.new("RGB", (2 * column_width, len(images) * row_height + MARGIN), "white")
+    sheet_width = 2 * column_width
+    if local_crops:
+        sheet_width = max(sheet_width, MARGIN + len(local_crops) * (side + MARGIN))
+    sheet = Image.new("RGB", (sheet_width, len(images) * row_height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     # Pillow's own font has no umlauts.
     font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)
@@ -106,6 +117,12 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
             for number, line in enumerate(texts[row][column], start=1):
                 place = (text_left, top + number * LINE_HEIGHT)
                 draw.text(place, line.replace("_", " "), "black", font)
+        for number, crops in enumerate(local_crops):
+            left = MARGIN + number * (crops[row].width + MARGIN)
+            sheet.paste(crops[row], (left, top + pair_height))
+            text_left = left + crops[row].width + MARGIN
+        if local_crops:
+            draw.text((text_left, top + pair_height), "local crops", "gray", font)
     return sheet
 
 
@@ -117,13 +134,18 @@ def wrapped(lines: list[str]) -> list[str]:
     return short
 
 
-def to_images(views: Any, data: Any) -> "list[Image.Image]":
-    """Return normalised views (images, 3, side, side) as Pillow images, enlarged if small."""
+def to_images(views: Any, data: Any, factor: int | None = None) -> "list[Image.Image]":
+    """Return normalised views (images, 3, side, side) as Pillow images, enlarged if small.
+
+    Args:
+        factor: by which they are enlarged; None: as much as small views need.
+    """
     from PIL import Image
 
     from moco.callbacks.view_pairs import as_shown
 
-    factor = -(-SMALLEST_VIEW // views.shape[3])
+    if factor is None:
+        factor = -(-SMALLEST_VIEW // views.shape[3])
     pixels = as_shown(data, views).repeat(factor, axis=1).repeat(factor, axis=2)
     return [Image.fromarray(view) for view in pixels]
 

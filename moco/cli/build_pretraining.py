@@ -16,7 +16,7 @@ from moco.cli.checks import num_processes
 from moco.cli.resuming import Resumed
 from moco.cli.training_run import Run
 from moco.config.data import DataConfig
-from moco.config.train import TrainConfig
+from moco.config.train import LocalCropsConfig, TrainConfig
 from moco.errors import InputError
 from moco.phases import LOADING, phase
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from torch import nn
 
+    from moco.data.augment.local_crops import LocalCrops
     from moco.data.loading.datamodule import PretrainingData
     from moco.data.sources.source import DataSource
     from moco.evaluation.dense_features import DenseSet
@@ -85,7 +86,16 @@ def build_data(
     device = choose_device(config.trainer.accelerator)
     ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
     views = ViewPair(
-        pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, ramp=ramp, **kind
+        pair.query,
+        pair.key,
+        pair.mean,
+        pair.std,
+        image_size,
+        config.seed,
+        ramp=ramp,
+        **kind,
+        with_placements=config.method.dense_match != "feature",
+        local=local_crops_of(config),
     )
     full_views = views.views_of_size[image_size]
     engine = choose_engine(data.engine, source.train, image_size, device.type, full_views)
@@ -110,6 +120,24 @@ def build_data(
         for index, image, _ in loaders.first_images(1):
             try_own_steps(views, image.pixels(), index)
     return loaders
+
+
+def local_crops_of(config: TrainConfig) -> "LocalCrops | None":
+    """Return which local crops a run has, or None if it has none."""
+    from moco.data.augment.local_crops import LocalCrops
+
+    given = config.augmentation.local
+    if config.method.local_crops == 0:
+        if given != LocalCropsConfig():
+            log.warning("augmentation.local has no effect: method.local_crops=0")
+        return None
+    return LocalCrops(
+        config.method.local_crops,
+        given.size,
+        given.scale,
+        given.overlap,
+        in_both=config.method.symmetric,
+    )
 
 
 def listed_source(data: DataConfig, folder: Path | None, *, is_kept: bool = False) -> "DataSource":

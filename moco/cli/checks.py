@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
+    from moco.data.augment.views import ViewPair
     from moco.data.loading.datamodule import PretrainingData
     from moco.data.sources.source import Images
     from moco.methods.moco import MoCo
@@ -284,6 +285,22 @@ def check_resolution_ramp(ramp: "ResolutionRamp", backbone: "nn.Module", max_epo
             max_epochs,
             ramp.image_size,
         )
+
+
+def check_local_crops(backbone: "nn.Module", augment: "ViewPair") -> None:
+    """Raise InputError if a backbone cannot take the local crops of a run.
+
+    They are smaller than the views, and some networks take images of one size alone.
+    """
+    from moco.models.contract import check_contract
+
+    local = augment.local
+    if local is None:
+        return
+    sides = sorted({local.side(size) for size in augment.ramp.sizes})
+    for side in sides:
+        check_contract(backbone, f"method.local_crops={local.count}", side, augment.kind.bands)
+    log.info("local crops: %d of %s px", local.count, ", ".join(map(str, sides)))
 
 
 def advise_window(backbone: "nn.Module", image_size: int) -> None:

@@ -184,6 +184,7 @@ def check_before_training(config: TrainConfig, data: "PretrainingData", method: 
     checks.check_deterministic(method, config, ramp.sizes)
     checks.advise_window(encoder.backbone, ramp.image_size)
     checks.check_resolution_ramp(ramp, encoder.backbone, config.trainer.max_epochs)
+    checks.check_local_crops(encoder.backbone, data.augment)
     checks.warn_of_negatives(config, len(data.source.train))
 
 

@@ -143,6 +143,13 @@ class MethodConfig:
     dense_grid: int = setting(7, at_least=1)
     """Side of the grid to which the dense term pools the last feature map, cells. A smaller map is
     not pooled."""
+    dense_match: str = setting("feature", choices=("both", "feature", "location"))
+    """Which cells are positives in the dense term. feature: the most similar cell of the key, as in
+    DenseCL. location: the cell of the key at the same place of the image, where the two crops
+    overlap. both: the mean of the two losses. See ``docs/methods.md``."""
+    local_crops: int = setting(0, at_least=0, at_most=32)
+    """Number of small crops of each image that are queries beside the full view, see
+    augmentation.local. 0: none."""
     mask_own_group: bool = False
     """Leave out the negatives whose image belongs to the group of the query's image, see
     data.group. The queue then keeps the group of each key."""
@@ -198,6 +205,20 @@ class OptimizerConfig:
 
 
 @dataclass
+class LocalCropsConfig:
+    """The small crops of ``method.local_crops``. They have the operations of the query view."""
+
+    size: float = setting(0.43, above=0, at_most=1)
+    """Side as a fraction of the views' side, rounded to a multiple of 8 px: 96 px beside views of
+    224."""
+    scale: list[float] = field(default_factory=lambda: [0.05, 0.14])
+    """Smallest and largest area, as fractions of the image. The default is SwAV's."""
+    overlap: float = setting(0.2, at_least=0, at_most=1)
+    """The least share of a local crop's area that lies inside the key view's crop, and with the
+    symmetric loss inside the query view's crop too. 1: the whole crop. 0: any place."""
+
+
+@dataclass
 class AugmentationConfig:
     """The pair of augmentations, and progressive resizing of the views."""
 
@@ -217,6 +238,8 @@ class AugmentationConfig:
     """Growth per step, px. Null: 32. With trainer.compile each size is compiled anew."""
     ramp_epochs: Optional[int] = setting(None, at_least=1)
     """Number of epochs with smaller views. Each smaller size gets the same share of them."""
+    local: LocalCropsConfig = field(default_factory=LocalCropsConfig)
+    """Small crops beside the two views."""
 
 
 @dataclass

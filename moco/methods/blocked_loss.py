@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moco.methods.losses import Groups, info_nce
+from moco.methods.losses import Groups, info_nce, shares_of
 
 MOST_PLAIN_LOGITS = 2**26
 """The plain form on a GPU may have this many logits: 256 MiB, of which it needs about three."""
@@ -30,6 +30,7 @@ def efficient_info_nce(
     negatives: Tensor,
     temperature: float,
     groups: Groups | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return `info_nce` by the form that is faster for the device and the sizes.
 
@@ -38,13 +39,13 @@ def efficient_info_nce(
         key: (N, C), unit norm, no gradient.
         negatives: (K, C), unit norm, no gradient.
         temperature: T.
-        groups: see `info_nce`.
+        groups, weights: see `info_nce`.
     """
     is_small = len(query) * len(negatives) <= MOST_PLAIN_LOGITS
     is_fast = query.device.type != "cpu" and is_small
     if is_fast or temperature < LOWEST_TEMPERATURE:
-        return info_nce(query, key, negatives, temperature, groups)
-    return blocked_info_nce(query, key, negatives, temperature, groups)
+        return info_nce(query, key, negatives, temperature, groups, weights)
+    return blocked_info_nce(query, key, negatives, temperature, groups, weights)
 
 
 def blocked_info_nce(
@@ -53,6 +54,7 @@ def blocked_info_nce(
     negatives: Tensor,
     temperature: float,
     groups: Groups | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return `info_nce`, computed block by block.
 
@@ -63,12 +65,14 @@ def blocked_info_nce(
         key: (N, C), unit norm, no gradient.
         negatives: (K, C), unit norm, no gradient. They may change before the backward pass.
         temperature: T, at least `LOWEST_TEMPERATURE`.
-        groups: see `info_nce`.
+        groups, weights: see `info_nce`.
     """
     needs_gradient = query.requires_grad and torch.is_grad_enabled()
     with torch.autocast(query.device.type, enabled=False):
         query, key, negatives = query.float(), key.float(), negatives.float()
-        return _BlockedInfoNCE.apply(query, key, negatives, temperature, groups, needs_gradient)
+        return _BlockedInfoNCE.apply(
+            query, key, negatives, temperature, groups, weights, needs_gradient
+        )
 
 
 class _BlockedInfoNCE(torch.autograd.Function):
@@ -86,6 +90,7 @@ class _BlockedInfoNCE(torch.autograd.Function):
         negatives: Tensor,
         temperature: float,
         groups: Groups | None,
+        weights: Tensor | None,
         needs_gradient: bool,
     ) -> Tensor:
         losses = []
@@ -100,14 +105,18 @@ class _BlockedInfoNCE(torch.autograd.Function):
             )
             losses.append(block_losses)
             gradients.append(block_gradients)
-        ctx.save_for_backward(torch.cat(gradients) / len(query))
-        return torch.cat(losses).mean()
+        if weights is None:
+            ctx.save_for_backward(torch.cat(gradients) / len(query))
+            return torch.cat(losses).mean()
+        shares = shares_of(weights)  # (N,)
+        ctx.save_for_backward(torch.cat(gradients) * shares[:, None])
+        return (torch.cat(losses) * shares).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upper_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return upper_gradient * gradient, None, None, None, None, None
+        return upper_gradient * gradient, None, None, None, None, None, None
 
 
 def losses_and_gradients(

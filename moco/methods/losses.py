@@ -40,6 +40,7 @@ def info_nce(
     negatives: Tensor,
     temperature: float,
     groups: Groups | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return InfoNCE: the mean cross-entropy of finding each query's key among its negatives.
 
@@ -53,6 +54,7 @@ def info_nce(
         negatives: (K, C), unit norm. They must not change before the backward pass.
         temperature: T.
         groups: leave out the negatives of a query's own group; None takes all negatives.
+        weights: (N,) of the queries, for a weighted mean, see `shares_of`; None: the plain mean.
 
     Source: arXiv 1911.05722, equation 1.
     """
@@ -64,7 +66,20 @@ def info_nce(
             similarities = similarities.masked_fill(groups.is_own(), -torch.inf)
         logits = torch.cat([positive, similarities], dim=1)  # (N, 1 + K)
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        return F.cross_entropy(logits / temperature, target)
+        if weights is None:
+            return F.cross_entropy(logits / temperature, target)
+        losses = F.cross_entropy(logits / temperature, target, reduction="none")
+        return (losses * shares_of(weights)).sum()
+
+
+def shares_of(weights: Tensor) -> Tensor:
+    """Return the share of each query in a weighted mean of losses, (N,); all 0 if no weight is.
+
+    Args:
+        weights: (N,) float32, at least 0. A query of weight 0 counts for nothing.
+    """
+    total = weights.sum()
+    return weights / total.where(total > 0, 1.0)
 
 
 def in_batch_info_nce(
@@ -104,7 +119,7 @@ def matched_cells(key_cells: Tensor, matches: Tensor) -> Tensor:
 
     Args:
         key_cells: (N, S, C).
-        matches: (N, S), from `most_similar_cells`.
+        matches: (N, S), from `most_similar_cells` or `cells_at_the_same_place`.
     """
     width = key_cells.shape[2]
     return key_cells.gather(1, matches[:, :, None].expand(-1, -1, width))

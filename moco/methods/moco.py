@@ -26,8 +26,10 @@ from moco.methods.batch_norm import (
     sync_batch_norm,
 )
 from moco.methods.blocked_loss import efficient_info_nce
+from moco.methods.dense_matches import check_rule, match_cells, placements_of
 from moco.methods.key_queue import KeyQueue
-from moco.methods.losses import Groups, in_batch_info_nce, matched_cells, most_similar_cells
+from moco.methods.local_queries import local_crops_of, mean_with_local, running_statistics_kept
+from moco.methods.losses import Groups, in_batch_info_nce, matched_cells
 from moco.methods.momentum import key_momentum_at, update_key_encoder
 from moco.models.backbones import CHECKED_SIZE, build_backbone
 from moco.models.contract import check_contract, check_feature_maps
@@ -83,6 +85,11 @@ class MoCo(pl.LightningModule):
             dense term has its own projector, as wide as the other one, and its own queues, but no
             predictor.
         dense_grid: side of the dense term's grid, cells, see `DenseProjector`.
+        dense_match: which cells of the key are positives of the query's cells: ``feature``,
+            ``location`` or ``both``, see `moco.methods.dense_matches`. All but ``feature`` need
+            batches with ``placements``.
+        local_crops: how many small crops of each image are queries beside the full view, see
+            `moco.methods.local_queries`. A batch then has ``local_crops``.
         mask_own_group: leave out the negatives whose image is of the same group as the query's. A
             batch then has ``groups``, (N,) int64 with -1 for an unknown group, and the queues keep
             the group of each key.
@@ -119,6 +126,8 @@ class MoCo(pl.LightningModule):
         dense_weight: float = 0.0,
         dense_grid: int = 7,
         mask_own_group: bool = False,
+        dense_match: str = "feature",
+        local_crops: int = 0,
     ) -> None:
         super().__init__()
         net, backbone = built(backbone)
@@ -127,11 +136,14 @@ class MoCo(pl.LightningModule):
         predictor = predictor or {"num_layers": 0}
         self.save_hyperparameters(logger=False)
         check_switches(negatives, queue_size, num_queues, symmetric, dense_weight)
+        check_rule(dense_match, dense_weight)
         self.temperature = temperature
         # Added to the step that the schedules see. A run that resumes with other images needs it.
         self.schedule_offset = 0
         self.symmetric = symmetric
         self.dense_weight = dense_weight
+        self.dense_match = dense_match
+        self.num_local_crops = local_crops
         self.mask_own_group = mask_own_group
         self.batch_norm = "plain"
         # Whether the encoders take batches sorted by group, see `SplitBatchNorm`.
@@ -167,7 +179,8 @@ class MoCo(pl.LightningModule):
             (N, 3, H, W) that the keys are of, and the ``negatives`` that the loss compared them
             with: the keys of the queue (K, C), or those of the batch of all devices (M, C), the
             positives among them. ``of_groups`` has the groups of both, or None. With the dense
-            term also its two parts, ``loss_global`` and ``loss_dense``.
+            term also its two parts, ``loss_global`` and ``loss_dense``; with local crops the loss
+            of the full views and that of the local crops, ``loss_full`` and ``loss_local``.
         """
         first, second = views_of(batch)  # (N, 3, H, W) each
         groups = groups_of(batch) if self.mask_own_group else None  # (N,)
@@ -179,8 +192,10 @@ class MoCo(pl.LightningModule):
             queries = self.encode_queries([first])
             keys = self.encode_keys([second])
             key_view = second
+        local_queries = self.encode_local_queries(batch)  # (N, C) unit norm each
 
         losses = []
+        local_losses = []  # of each direction's local crops
         if self.queue is not None:
             for query, key, queue in zip(queries, keys, self.queues, strict=True):
                 negatives = queue.negatives()  # (K, C) unit norm
@@ -189,6 +204,11 @@ class MoCo(pl.LightningModule):
                     query.embedding, key.embedding, negatives, self.temperature, of_groups
                 )
                 losses.append(loss)
+                for local in local_queries:
+                    loss = efficient_info_nce(
+                        local, key.embedding, negatives, self.temperature, of_groups
+                    )
+                    local_losses.append(loss)
             # After the losses: a positive is never its own negative.
             self.enqueue([key.embedding for key in keys], self.queues, groups)
         else:
@@ -199,6 +219,9 @@ class MoCo(pl.LightningModule):
                     query.embedding, negatives, self.temperature, rank(), of_groups
                 )
                 losses.append(loss)
+                for local in local_queries:
+                    loss = in_batch_info_nce(local, negatives, self.temperature, rank(), of_groups)
+                    local_losses.append(loss)
 
         outputs = {
             "loss": self.total_loss(losses),
@@ -208,41 +231,73 @@ class MoCo(pl.LightningModule):
             "negatives": negatives,
             "of_groups": of_groups,
         }
+        if local_queries:
+            self.add_local_term(outputs, local_losses)
         if self.dense_weight > 0:
-            self.add_dense_term(outputs, self.dense_losses(queries, keys, groups))
+            placements = placements_of(batch, self.dense_match)
+            self.add_dense_term(outputs, self.dense_losses(queries, keys, groups, placements))
         return outputs
 
     def dense_losses(
-        self, queries: list[Encoded], keys: list[Encoded], groups: Tensor | None = None
+        self,
+        queries: list[Encoded],
+        keys: list[Encoded],
+        groups: Tensor | None = None,
+        placements: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """Return DenseCL's loss of each direction; advances the dense queues.
+        """Return the dense loss of each direction; advances the dense queues.
 
-        A query's cell is to find the most similar cell of its key. Its negatives are the mean dense
-        embeddings of other images. Source: arXiv 2011.09157, section 3.
+        A query's cell is to find its match among the cells of its key, see `match_cells`. Its
+        negatives are the mean dense embeddings of other images. Source: DenseCL, arXiv 2011.09157,
+        section 3.
 
         Args:
             groups: (N,) of the images, to leave out negatives of a query's own group.
+            placements: (N, 2, 3) of the first and of the second view, to match cells by location.
         """
         losses = []
         pooled = []
         for query, key, queue in zip(queries, keys, self.dense_queues, strict=True):
             assert query.cells is not None
             assert key.cells is not None
-            matches = most_similar_cells(query.cells.features, key.cells.features)  # (N, S)
             cells = query.cells.embeddings.flatten(0, 1)  # (N * S, C)
-            positives = matched_cells(key.cells.embeddings, matches).flatten(0, 1)  # (N * S, C)
             negatives = queue.negatives()  # (K, C)
             of_cells = None
             if groups is not None:
-                num_cells = matches.shape[1]
+                num_cells = query.cells.embeddings.shape[1]
                 of_cells = groups.repeat_interleave(num_cells)  # (N * S,)
-            loss = efficient_info_nce(
-                cells, positives, negatives, self.temperature, groups_with(of_cells, queue)
-            )
-            losses.append(loss)
+            of_groups = groups_with(of_cells, queue)
+            by_rule = []
+            for matches in match_cells(self.dense_match, query.cells, key.cells, placements):
+                positives = matched_cells(key.cells.embeddings, matches.cells)  # (N, S, C)
+                positives = positives.flatten(0, 1)  # (N * S, C)
+                contrast = partial(
+                    efficient_info_nce, cells, positives, negatives, self.temperature, of_groups
+                )
+                if matches.weights is None:
+                    by_rule.append(contrast())
+                else:
+                    by_rule.append(contrast(weights=matches.weights))
+            losses.append(torch.stack(by_rule).mean())
             pooled.append(key.cells.pooled)  # (N, C) unit norm
+            if placements is not None:
+                placements = placements[::-1]  # the next direction exchanges the views
         self.enqueue(pooled, self.dense_queues, groups)
         return losses
+
+    def add_local_term(self, outputs: dict[str, Any], losses: list[Tensor]) -> None:
+        """Replace the loss of a step by its mean with the losses of the local crops.
+
+        Args:
+            losses: of the local crops, direction by direction.
+        """
+        loss_full = outputs["loss"]
+        count = self.num_local_crops
+        # The losses of one local crop in all directions make one loss, as those of a view do.
+        of_crops = [self.total_loss(losses[number::count]) for number in range(count)]
+        outputs["loss"] = mean_with_local(loss_full, of_crops)
+        outputs["loss_full"] = loss_full.detach()
+        outputs["loss_local"] = torch.stack(of_crops).mean().detach()
 
     def add_dense_term(self, outputs: dict[str, Any], losses: list[Tensor]) -> None:
         """Replace the loss of a step by its weighted mean with the dense loss."""
@@ -310,6 +365,18 @@ class MoCo(pl.LightningModule):
         for view, prediction in zip(encoded, predictions, strict=True):
             queries.append(Encoded(prediction, view.cells).map(unit_norm))
         return queries
+
+    def encode_local_queries(self, batch: Any) -> list[Tensor]:
+        """Return the embeddings (N, C) of each local crop of a batch, unit norm.
+
+        BatchNorm normalises each local crop's batch by itself, in the mode of the method, and keeps
+        the running statistics of the full views.
+        """
+        if self.num_local_crops == 0:
+            return []
+        crops = local_crops_of(batch, self.num_local_crops)
+        with running_statistics_kept(self.query_encoder, self.predictor):
+            return [query.embedding for query in self.encode_queries(crops)]
 
     @torch.no_grad()
     def encode_keys(self, views: Sequence[Tensor]) -> list[Encoded]:
@@ -405,7 +472,7 @@ class MoCo(pl.LightningModule):
     @property
     def has_one_view_per_encoder(self) -> bool:
         """Whether a step takes one view through each encoder, and only the embedding from it."""
-        return not self.symmetric and not self.dense_weight
+        return not self.symmetric and not self.dense_weight and not self.num_local_crops
 
     def compile_encoders(self, options: dict[str, Any]) -> None:
         """Let training run the encoders and the predictor by torch.compile.

@@ -78,7 +78,7 @@ SHARED = {
     "negatives": "queue", "queue_size": 65536, "queue_start": "random", "num_queues": 1, "embedding_dim": 128,
     "key_momentum": 0.999, "key_momentum_schedule": "constant", "key_momentum_end": 1.0, "symmetric": False,
     "symmetric_reduction": "sum", "loss_times_2t": False, "batch_norm": "auto", "batch_norm_splits": 8,
-    "dense_weight": 0.0, "dense_grid": 7, "mask_own_group": False,
+    "dense_weight": 0.0, "dense_grid": 7, "dense_match": "feature", "local_crops": 0, "mask_own_group": False,
 }  # fmt: skip
 HEAD = {"hidden_dim": None, "hidden_batch_norm": False, "last_batch_norm": False, "bias": True}
 

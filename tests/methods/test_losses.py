@@ -69,6 +69,23 @@ def test_negatives_of_the_own_group_count_as_absent(function, temperature):
 
 
 @pytest.mark.parametrize("function", [info_nce, blocked_info_nce])
+def test_queries_without_weight_count_as_absent(function):
+    query, key, negatives = unit(6, 16), unit(6, 16), unit(50, 16)
+    weights = torch.tensor([1.0, 0, 1, 1, 0, 1])
+    counted = weights.bool().numpy()
+    arrays = [rows.numpy() for rows in (query, key)]
+    value, gradient = reference(*(rows[counted] for rows in arrays), negatives.numpy(), 0.2)
+    leaf = query.float().requires_grad_()
+    loss = function(leaf, key.float(), negatives.float(), 0.2, None, weights)
+    loss.backward()
+    assert loss.item() == pytest.approx(value, rel=1e-5)
+    np.testing.assert_allclose(leaf.grad[counted].numpy(), gradient, rtol=1e-3, atol=1e-6)
+    assert (leaf.grad[~counted] == 0).all()
+    none = function(leaf, key.float(), negatives.float(), 0.2, None, torch.zeros(6))
+    assert none.item() == 0
+
+
+@pytest.mark.parametrize("function", [info_nce, blocked_info_nce])
 def test_a_query_whose_negatives_all_belong_to_its_group_has_no_loss(function):
     query, key, negatives = (unit(4, 8).float() for _ in range(3))
     query.requires_grad_()

@@ -171,6 +171,14 @@ def test_swin_is_measured_against_torchvisions(measured):
 
 
 @pytest.mark.slow
+def test_matches_and_local_crops_are_measured_against_the_plain_method(measured):
+    rows = measured("crops", "--repeats", "1")
+    (case,) = {case for case, _ in rows}
+    assert contenders(rows, case)[:3] == ["plain", "plain, again", "dense_match=feature"]
+    assert {turn["images"] for row in rows.values() for turn in row["turns"]} == {16}
+
+
+@pytest.mark.slow
 def test_networks_of_timm_are_measured_beside_the_bare_ones(measured):
     rows = measured("timm", "--repeats", "1", "--calls", "1")
     expected = ["timm alone", "ours", "ours, with feature maps"]

@@ -148,6 +148,21 @@ class Operation:
             return planes
         return planes / 255
 
+    def source_map(self, drawn: Drawn, sizes: Tensor) -> Tensor | None:
+        """Return where the pixels of the result were in the input, or None if all stay in place.
+
+        ``method.dense_match=location`` needs to know it. An operation of a user's that stays
+        without this method is refused there, because nothing says whether it moves pixels.
+
+        Args:
+            drawn: what `draw` returned.
+            sizes: (batch, 2) int64, height and width of each input, px.
+
+        Returns:
+            (batch, 2, 3) float64, see `moco.data.augment.placements`.
+        """
+        return None
+
     def describe(self, drawn: Numbers) -> str:
         """Return the numbers of one image in words; empty if there are none."""
         return ""

@@ -35,6 +35,13 @@ from moco.data.augment.operation import (
     defines,
     is_number,
 )
+from moco.data.augment.placements import (
+    about_middle,
+    affine_maps,
+    composed,
+    crop_maps,
+    turn_maps,
+)
 from moco.data.augment.stains import StainJitter
 from moco.data.augment.tone import HistogramShift, LocalContrast, Sharpness
 from moco.errors import InputError, unknown_name
@@ -95,6 +102,9 @@ class RandomResizedCrop(Operation):
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.resized_crop(images, drawn["box"], self.image_size)
 
+    def source_map(self, drawn: Drawn, sizes: Tensor) -> Tensor:
+        return crop_maps(drawn["box"], sizes)
+
     def describe(self, drawn: Numbers) -> str:
         top, left, height, width = drawn["box"].tolist()
         rows, columns = drawn["size"].tolist()
@@ -127,6 +137,20 @@ class RandomAffine(Operation):
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.affine(images, drawn["angle"], drawn["shift"], drawn["shear"])
+
+    def source_map(self, drawn: Drawn, sizes: Tensor) -> Tensor:
+        height, width = sizes.double().unbind(1)
+        right, down = drawn["shift"].unbind(1)
+        cos = drawn["angle"].deg2rad().cos()
+        sin = drawn["angle"].deg2rad().sin()
+        tan = drawn["shear"].deg2rad().tan()
+        # The inverse: back by the shift, then the inverse of rotation times shear, whose
+        # determinant is 1. It is a matrix of px, and places are fractions of the sides.
+        shifted_back = affine_maps([[1, 0, -right / width], [0, 1, -down / height]], height)
+        turned_back = about_middle(
+            cos - sin * tan, (cos * tan + sin) * height / width, -sin * width / height, cos
+        )
+        return composed(turned_back, shifted_back)
 
     def describe(self, drawn: Numbers) -> str:
         right, down = drawn["shift"].tolist()
@@ -254,6 +278,9 @@ class Grayscale(Operation):
 class HorizontalFlip(Operation):
     """Exchange left and right."""
 
+    def source_map(self, drawn: Drawn, sizes: Tensor) -> Tensor:
+        return affine_maps([[-1, 0, 1], [0, 1, 0]], sizes[:, 0].double())
+
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         return image_kernels.horizontal_flip(image)
 
@@ -264,6 +291,9 @@ class HorizontalFlip(Operation):
 @dataclass
 class VerticalFlip(Operation):
     """Exchange top and bottom."""
+
+    def source_map(self, drawn: Drawn, sizes: Tensor) -> Tensor:
+        return affine_maps([[1, 0, 0], [0, -1, 1]], sizes[:, 0].double())
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         return np.ascontiguousarray(image[::-1])
@@ -287,6 +317,9 @@ class QuarterTurns(Operation):
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.quarter_turns(images, drawn["turns"])
+
+    def source_map(self, drawn: Drawn, sizes: Tensor) -> Tensor:
+        return turn_maps(drawn["turns"])
 
     def describe(self, drawn: Numbers) -> str:
         return f"by {90 * int(drawn['turns'])} degrees to the left"

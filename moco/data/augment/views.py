@@ -17,9 +17,17 @@ from torchvision.transforms import v2
 
 from moco.data.augment.draws import uniforms
 from moco.data.augment.image_kernels import split_bands
+from moco.data.augment.local_crops import (
+    FIRST_LOCAL_VIEW,
+    LocalCrop,
+    LocalCrops,
+    check_crop_comes_first,
+    constrained,
+)
 from moco.data.augment.operation import Drawn, ImageKind, Numbers, defines, kind_of_images
 from moco.data.augment.operations import Step, build_operation, known_operations
 from moco.data.augment.pipeline import Pipeline, pipeline_step, planes_of
+from moco.data.augment.placements import composed, identity_maps
 from moco.data.augment.presets import read_preset
 from moco.data.augment.resolution_ramp import ResolutionRamp
 from moco.data.files.images import to_rgb
@@ -113,23 +121,71 @@ class View:
 
         Args:
             indices: (batch,) int64, number of each image in the dataset.
-            view: 0 for the query's view, 1 for the key's.
+            view: 0 for the query's view, 1 for the key's, from `FIRST_LOCAL_VIEW` on for local
+                crops.
             sizes: (batch, 2) int64, height and width of each image, on the same device.
         """
         # Each step has its own draws, whether it is applied or not. So changing one step leaves
         # the draws of the steps before it as they are.
         counts = [1 + step.operation.num_draws for step in self.steps]
         draws = uniforms(seed, epoch, indices, view, sum(counts)).split(counts, 1)
-        cropped_sizes = torch.full_like(sizes, self.image_size)
         numbers = []
         for place, step in enumerate(self.steps):
-            sizes_here = sizes
-            if place > self.crop:
-                sizes_here = cropped_sizes
-            drawn = step.operation.draw(draws[place][:, 1:], sizes_here)
+            drawn = step.operation.draw(draws[place][:, 1:], self.sizes_at(place, sizes))
             drawn["applied"] = draws[place][:, 0] < step.probability
             numbers.append(drawn)
         return numbers
+
+    def sizes_at(self, place: int, sizes: Tensor) -> Tensor:
+        """Return height and width of the images that the step number `place` gets, (batch, 2).
+
+        Args:
+            sizes: (batch, 2), those of the whole images.
+        """
+        if place > self.crop:
+            return torch.full_like(sizes, self.image_size)
+        return sizes
+
+    def placement(self, numbers: Sequence[Drawn], sizes: Tensor) -> Tensor:
+        """Return where the view is in each image, see `moco.data.augment.placements`.
+
+        Args:
+            numbers: of each step, from `draw`.
+            sizes: (batch, 2), height and width of each image, px.
+
+        Returns:
+            (batch, 2, 3) float64.
+
+        Raises:
+            InputError: the view is a pipeline, or an operation of the user's does not say where it
+                moves pixels.
+        """
+        key = "method.dense_match=location"
+        if self.pipeline is not None:
+            raise InputError(
+                f"{key}: {self.pipeline.where} does not say which part of the image a view shows; "
+                "expected operations, such as augmentation=moco_v2"
+            )
+        unmoved = identity_maps(sizes[:, 0].double())
+        total = unmoved
+        for place, (step, drawn) in enumerate(zip(self.steps, numbers, strict=True)):
+            if step.is_own and not defines(type(step.operation), "source_map"):
+                raise InputError(
+                    f"{key}: {step.where} does not say whether it moves pixels; define "
+                    "source_map, which returns None if all stay in place"
+                )
+            moved = step.operation.source_map(drawn, self.sizes_at(place, sizes))
+            if moved is None:
+                continue
+            if getattr(moved, "shape", None) != unmoved.shape:
+                shape = tuple(getattr(moved, "shape", ()))
+                raise InputError(
+                    f"{step.where}: source_map returned {type(moved).__name__} of shape {shape}; "
+                    "expected None, or a tensor (batch, 2, 3)"
+                )
+            is_applied = drawn["applied"][:, None, None]
+            total = composed(total, torch.where(is_applied, moved.double(), unmoved))
+        return total
 
     def describe(self, numbers: Sequence[Numbers]) -> list[str]:
         """Return a line of text for each step that is applied to one image."""
@@ -235,6 +291,9 @@ class ViewPair:
         bands: of the images; 8-bit images have 3 (RGB).
         is_float: the images are float32 in 0..1, with any number of bands. Otherwise they are
             uint8.
+        with_placements: batches also say where the views are in the images, see `placements`.
+        local: small crops beside the two views, with the operations of the query view; None: there
+            are none.
 
     Raises:
         InputError: a setting is wrong, or does not suit the bands; the message names its key.
@@ -258,6 +317,8 @@ class ViewPair:
         ramp: ResolutionRamp | None = None,
         bands: int = 3,
         is_float: bool = False,
+        with_placements: bool = False,
+        local: LocalCrops | None = None,
     ) -> None:
         if key is None:
             key = query
@@ -277,6 +338,15 @@ class ViewPair:
         self.image_size = image_size
         self.seed = seed
         self.engine = engine
+        self.with_placements = with_placements
+        if with_placements:
+            # What cannot be followed, and what the user's code returns, shows here.
+            self.placements(0, torch.arange(2), torch.full((2, 2), image_size))
+        self.local = local
+        self.local_view_of_size: dict[int, View] = {}
+        if local is not None:
+            for size, views in self.views_of_size.items():
+                self.local_view_of_size[size] = local_view(query, views, size, local, self.kind)
 
     @classmethod
     def named(cls, name: str, image_size: int = 224, **settings: Any) -> "ViewPair":
@@ -295,8 +365,8 @@ class ViewPair:
 
     def __call__(
         self, image: Image.Image | np.ndarray, epoch: int = 0, index: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Return the query view and the key view of one image.
+    ) -> tuple[Tensor, ...]:
+        """Return the query view and the key view of one image, then its local crops.
 
         They are those of a run with this seed, in this epoch, of image number `index`: the same
         bits as from loader processes, and equal within rounding to those from a device. The same
@@ -309,16 +379,22 @@ class ViewPair:
             index: number of the image in its dataset.
 
         Returns:
-            Two views, (bands, side, side) float32 each, normalised.
+            Two views, and the local crops if there are any, (bands, side, side) float32 each,
+            normalised.
 
         Raises:
             InputError: it is no such image, or the user's own code returns something else.
         """
         views = self.empty_views(1, epoch)
         indices = torch.tensor([index])
-        self.on_images([checked_image(image, self.kind)], epoch, indices, views)
-        query, key = self.finished((views[0], views[1]), epoch, indices)
-        return query[0], key[0]
+        images = [checked_image(image, self.kind)]
+        self.on_images(images, epoch, indices, views)
+        made: tuple[Tensor, ...] = self.finished((views[0], views[1]), epoch, indices)
+        if self.local is not None:
+            crops = self.empty_local_crops(1, epoch)
+            self.local_crops_on_images(images, epoch, indices, crops)
+            made += self.finished_local_crops(tuple(crops), epoch, indices)
+        return tuple(view[0] for view in made)
 
     def views_at(self, epoch: int) -> list[View]:
         """Return the views with the size of an epoch."""
@@ -381,11 +457,110 @@ class ViewPair:
             of_view = of_views[place]
             sizes = torch.tensor([image.shape[:2] for image in of_view])
             numbers = view.draw(self.seed, epoch, indices, place, sizes)
-            end = self.num_worker_steps(view)
-            arrays = list(map(as_arrays, numbers))
-            for row, image in enumerate(of_view):
-                result = view.on_image(image, row_of(arrays, row), end)
-                split_bands(result, planes[place, row])
+            self._write(view, of_view, numbers, planes[place])
+
+    def _write(
+        self,
+        view: View,
+        images: Sequence[np.ndarray],
+        numbers: Sequence[Drawn],
+        planes: np.ndarray,
+    ) -> None:
+        """Apply a loader process's steps of a view, and write the results to the planes."""
+        end = self.num_worker_steps(view)
+        arrays = list(map(as_arrays, numbers))
+        for row, image in enumerate(images):
+            result = view.on_image(image, row_of(arrays, row), end)
+            split_bands(result, planes[row])
+
+    def placements(self, epoch: int, indices: Tensor, sizes: Tensor) -> Tensor:
+        """Return where the views are in their images, see `moco.data.augment.placements`.
+
+        Args:
+            indices: (batch,) int64, number of each image in the dataset.
+            sizes: (batch, 2) int64, height and width of each image, px, on the same device.
+
+        Returns:
+            (2, batch, 2, 3) float32: of the query views and of the key views.
+
+        Raises:
+            InputError: a view cannot be followed, see `View.placement`.
+        """
+        placements = []
+        for place, view in enumerate(self.views_at(epoch)):
+            numbers = view.draw(self.seed, epoch, indices, place, sizes)
+            placements.append(view.placement(numbers, sizes))
+        return torch.stack(placements).float()
+
+    def draw_local_crops(self, epoch: int, indices: Tensor, sizes: Tensor) -> list[list[Drawn]]:
+        """Return the numbers for each local crop and each of its steps.
+
+        The arguments are those of `placements`.
+        """
+        assert self.local is not None
+        views = list(enumerate(self.views_at(epoch)))
+        if not self.local.in_both:
+            views = views[-1:]
+        anchors = []
+        for place, view in views:
+            numbers = view.draw(self.seed, epoch, indices, place, sizes)
+            anchors.append(numbers[view.crop]["box"])
+        view = self.local_view_of_size[self.ramp.size_at(epoch)]
+        drawn = []
+        for number in range(self.local.count):
+            numbers = view.draw(self.seed, epoch, indices, FIRST_LOCAL_VIEW + number, sizes)
+            numbers[view.crop] = constrained(numbers[view.crop], anchors, self.local.overlap)
+            drawn.append(numbers)
+        return drawn
+
+    def local_crops_on_images(
+        self, images: Sequence[np.ndarray], epoch: int, indices: Tensor, crops: Tensor
+    ) -> None:
+        """Apply the steps of a loader process for the local crops.
+
+        Args:
+            images, epoch, indices: see `on_images`.
+            crops: the result is written here, from `empty_local_crops`.
+        """
+        sizes = torch.tensor([image.shape[:2] for image in images])
+        view = self.local_view_of_size[self.ramp.size_at(epoch)]
+        planes = crops.numpy()
+        for number, numbers in enumerate(self.draw_local_crops(epoch, indices, sizes)):
+            self._write(view, images, numbers, planes[number])
+
+    def empty_local_crops(self, num: int, epoch: int = 0) -> Tensor:
+        """Return memory for the local crops of `num` images, (count, num, bands, side, side)."""
+        assert self.local is not None
+        side = self.local.side(self.ramp.size_at(epoch))
+        shape = (self.local.count, num, self.kind.bands, side, side)
+        return torch.empty(shape, dtype=self.kind.dtype)
+
+    def finished_local_crops(
+        self, crops: Sequence[Tensor], epoch: int, indices: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Apply the steps of the device to the local crops that loader processes made.
+
+        Args:
+            crops: (batch, bands, side, side) each.
+
+        Returns:
+            The same, float32, normalised.
+        """
+        view = self.local_view_of_size[self.ramp.size_at(epoch)]
+        results = []
+        for number, images in enumerate(crops, start=FIRST_LOCAL_VIEW):
+            results.append(self._finished(images, epoch, indices, view, number))
+        return tuple(results)
+
+    def local_crops_on_batch(
+        self, images: Tensor, epoch: int, indices: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Apply all steps of the local crops on the device; the arguments are `on_batch`'s."""
+        view = self.local_view_of_size[self.ramp.size_at(epoch)]
+        results = []
+        for numbers in self.draw_local_crops(epoch, indices, sizes_of(images, indices)):
+            results.append(self._on_device(images, view, numbers, start=0))
+        return tuple(results)
 
     def empty_views(self, num: int, epoch: int = 0) -> Tensor:
         """Return memory for the views of `num` images, (2, num, bands, side, side).
@@ -413,12 +588,18 @@ class ViewPair:
         """
         results = []
         for place, view in enumerate(self.views_at(epoch)):
-            start = self.num_worker_steps(view)
-            if start == len(view.steps):
-                results.append(self.normalized(views[place]))
-            else:
-                results.append(self._on_device(views[place], epoch, indices, place, start))
+            results.append(self._finished(views[place], epoch, indices, view, place))
         return results[0], results[-1]
+
+    def _finished(
+        self, images: Tensor, epoch: int, indices: Tensor, view: View, place: int
+    ) -> Tensor:
+        """Apply the steps of the device to images of one view, see `finished`."""
+        start = self.num_worker_steps(view)
+        if start == len(view.steps):
+            return self.normalized(images)
+        numbers = view.draw(self.seed, epoch, indices, place, sizes_of(images, indices))
+        return self._on_device(images, view, numbers, start)
 
     def on_batch(
         self, images: Tensor, epoch: int, indices: Tensor, key_images: Tensor | None = None
@@ -437,16 +618,16 @@ class ViewPair:
         of_views = [images, key_images]
         results = []
         # A pair of one view, as an evaluation has, gives that view twice.
-        for place in range(len(self.views_at(epoch))):
-            results.append(self._on_device(of_views[place], epoch, indices, place, start=0))
+        for place, view in enumerate(self.views_at(epoch)):
+            of_view = of_views[place]
+            numbers = view.draw(self.seed, epoch, indices, place, sizes_of(of_view, indices))
+            results.append(self._on_device(of_view, view, numbers, start=0))
         return results[0], results[-1]
 
     def _on_device(
-        self, images: Tensor, epoch: int, indices: Tensor, place: int, start: int
+        self, images: Tensor, view: View, numbers: Sequence[Drawn], start: int
     ) -> Tensor:
         """Apply the steps of one view from `start` on, and normalise."""
-        view = self.views_at(epoch)[place]
-        numbers = view.draw(self.seed, epoch, indices, place, sizes_of(images, indices))
         self._move_normalisation(images.device)
         side = view.image_size
         num_at_once = len(images)
@@ -477,6 +658,42 @@ class ViewPair:
         if self.scale.device != device:
             self.scale = self.scale.to(device)
             self.shift = self.shift.to(device)
+
+
+def local_view(
+    operations: Operations,
+    views: Sequence[View],
+    image_size: int,
+    local: LocalCrops,
+    kind: ImageKind,
+) -> View:
+    """Return the view of the local crops: that of the query with another crop.
+
+    Args:
+        operations: of the query view.
+        views: the query view and the key view of the same size.
+        image_size: their side, px.
+        local: which crops.
+        kind: the images of the run.
+
+    Raises:
+        InputError: a view is a pipeline, or a step before the crop may move pixels.
+    """
+    for view in views:
+        if view.pipeline is not None:
+            raise InputError(
+                f"method.local_crops={local.count}: {view.pipeline.where} makes one view of one "
+                "size; expected operations, such as augmentation=moco_v2"
+            )
+        check_crop_comes_first(view.steps, view.crop)
+    side = local.side(image_size)
+    view = View(operations, side, "augmentation.query", *kind)
+    try:
+        crop = LocalCrop(side, local.scale)
+    except ValueError as error:
+        raise InputError(f"augmentation.local.{error}") from error
+    view.steps[view.crop] = Step("random_resized_crop", crop, 1.0, "augmentation.local")
+    return view
 
 
 def check_any_size(view: View, ramp: ResolutionRamp) -> None:

@@ -82,6 +82,8 @@ class PretrainingData(pl.LightningDataModule):
             raise InputError(
                 f"data.pair={self.pair}: needs data.group, which says what belongs together"
             )
+        if self.key_images is not None:
+            check_one_image(self.augment, self.pair)
 
     def first_images(self, number: int) -> list[NamedImage]:
         """Return the first readable images of the first epoch, each as (index, image, name).
@@ -146,6 +148,21 @@ class PretrainingData(pl.LightningDataModule):
         else:
             batch = PairMaker(self.augment)(images, 0)
         return self.augment.finished(batch.views, 0, indices)
+
+    def local_crops(self, images: Sequence[NamedImage]) -> tuple[Tensor, ...]:
+        """Return the local crops of images in the first epoch; none if the run has none.
+
+        Args:
+            images: the result of `first_images`.
+
+        Returns:
+            The first local crop of each image, the second one, and so on: (images, bands, side,
+            side) float32 each, normalised.
+        """
+        if self.augment.local is None:
+            return ()
+        batch = PairMaker(self.augment)(images, 0)
+        return self.augment.finished_local_crops(batch.local_crops, 0, batch.indices)
 
     def key_image_of(self, index: int) -> int:
         """Return the number of the image that a key view comes from in the first epoch."""
@@ -258,7 +275,25 @@ class PretrainingData(pl.LightningDataModule):
         if self.in_memory:
             return batch
         views = self.augment.finished(batch.views, batch.epoch, batch.indices)
-        return batch._replace(views=views)
+        batch = batch._replace(views=views)
+        if self.augment.local is not None:
+            crops = self.augment.finished_local_crops(batch.local_crops, batch.epoch, batch.indices)
+            batch = batch._replace(local_crops=crops)
+        return batch
+
+
+def check_one_image(augment: ViewPair, pair: str) -> None:
+    """Raise InputError if views of two images would need a common place."""
+    if augment.with_placements:
+        key = "method.dense_match=location"
+    elif augment.local is not None:
+        key = f"method.local_crops={augment.local.count}"
+    else:
+        return
+    raise InputError(
+        f"{key}: with data.pair={pair} the two views can be of two images, which have no place in "
+        "common; expected data.pair=same"
+    )
 
 
 def problem_of(images: Images, index: int) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from moco.data.augment.draws import derived_seed
-from moco.data.augment.views import View, ViewPair
+from moco.data.augment.views import View, ViewPair, sizes_of
 from moco.data.files.images import EncodedImage, UnreadableImage
 from moco.data.loading.workers import WatchedLoader, loader_options, note_read, unchanged
 from moco.data.sources.groups import KeyImages
@@ -54,6 +54,11 @@ class PairBatch(NamedTuple):
     """The epoch of the draws. A number, because reading a tensor would wait for the GPU."""
     groups: Tensor | None = None
     """(batch,) int64, the group of each image; -1: unknown. None: the dataset has no groups."""
+    placements: Tensor | None = None
+    """(2, batch, 2, 3) float32, where the views are in their images, see
+    `moco.data.augment.placements`. None: nobody asked for them."""
+    local_crops: tuple[Tensor, ...] = ()
+    """The local crops, (batch, bands, side, side) each, in the type of the views."""
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
@@ -161,19 +166,32 @@ def make_pairs(
     keys: list[np.ndarray] = []
     num_bytes = 0  # of queries and keys; they are the same arrays if there are no groups
     first = 0
+    sizes = []
+    local_crops = None
+    if augment.local is not None:
+        local_crops = augment.empty_local_crops(len(indices), epoch)
     for row, pair in enumerate(images):
         unreadable[row] = not pair.is_readable
         queries.append(pair.query)
         keys.append(pair.key)
         num_bytes += pair.query.nbytes + pair.key.nbytes
+        sizes.append(pair.query.shape[:2])
         is_last = row == len(indices) - 1
         if is_last or len(queries) == MOST_AT_ONCE or num_bytes // 2 >= MOST_BYTES_AT_ONCE:
             rows = slice(first, row + 1)
             augment.on_images(queries, epoch, indices[rows], views[:, rows], keys)
+            if local_crops is not None:
+                augment.local_crops_on_images(queries, epoch, indices[rows], local_crops[:, rows])
             queries, keys = [], []
             num_bytes = 0
             first = row + 1
-    return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
+    batch = PairBatch((views[0], views[-1]), indices, unreadable, epoch)
+    if augment.with_placements:
+        placements = augment.placements(epoch, indices, torch.tensor(sizes))
+        batch = batch._replace(placements=placements)
+    if local_crops is not None:
+        batch = batch._replace(local_crops=tuple(local_crops))
+    return batch
 
 
 def first_decoded(
@@ -352,7 +370,14 @@ class MemoryLoader(Resumable):
             key_pixels = None
             if self.key_images is not None:
                 key_pixels = self._planes(self.key_images.of(epoch, block))
-            views = self.augment.on_batch(self._planes(block), epoch, block, key_pixels)
+            pixels = self._planes(block)
+            views = self.augment.on_batch(pixels, epoch, block, key_pixels)
+            placements = None
+            if self.augment.with_placements:
+                placements = self.augment.placements(epoch, block, sizes_of(pixels, block))
+            local_crops: tuple[Tensor, ...] = ()
+            if self.augment.local is not None:
+                local_crops = self.augment.local_crops_on_batch(pixels, epoch, block)
             for first in range(0, len(block), self.num_at_once):
                 self.batches_done += 1
                 if self.batches_done * self.num_at_once <= num_done:
@@ -360,7 +385,10 @@ class MemoryLoader(Resumable):
                 rows = slice(first, first + self.num_at_once)
                 indices = block[rows]
                 unreadable = torch.zeros_like(indices, dtype=torch.bool)
-                yield PairBatch((views[0][rows], views[1][rows]), indices, unreadable, epoch)
+                batch = PairBatch((views[0][rows], views[1][rows]), indices, unreadable, epoch)
+                if placements is not None:
+                    batch = batch._replace(placements=placements[:, rows])
+                yield batch._replace(local_crops=tuple(crops[rows] for crops in local_crops))
 
     def _planes(self, indices: Tensor) -> Tensor:
         """Return these images as the model gets them, (batch, bands, height, width)."""

@@ -229,7 +229,7 @@ def test_the_documented_operations_config_and_commands_work(runner, tmp_path, mo
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
-    own, in_python = blocks("python")[:-1], blocks("python")[-1]
+    own, in_python = blocks("python")[:-2], "\n".join(blocks("python")[-2:])
     (package / "augs.py").write_text("\n".join(own))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -250,5 +250,8 @@ def test_the_documented_operations_config_and_commands_work(runner, tmp_path, mo
     names = {}
     exec(in_python, names)
     assert names["query"].shape == (3, 64, 64)
+    batch = names["batch"]
+    assert batch.placements.shape == (2, 2, 2, 3)
+    assert [crops.shape for crops in batch.local_crops] == [(2, 3, 24, 24)] * 2
     for name in ("my_package", "my_package.augs"):
         sys.modules.pop(name, None)
