@@ -264,7 +264,7 @@ class TrainingMonitor(LossMonitor):
                 similarity = float(negative_similarity(query, negatives))
         figures["train/loss_of_chance"] = pl_module.loss_of_chance(num_negatives)
         figures["label_free/negative_similarity"] = similarity
-        for term in ("loss_global", "loss_dense"):
+        for term in ("loss_global", "loss_dense", "loss_key", "loss_neighbours"):
             if term in outputs:
                 figures[f"train/{term}"] = float(outputs[term])
         return figures | contrast_figures(outputs, num_negatives, queue is None)
