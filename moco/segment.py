@@ -30,6 +30,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
         build_segmenter,
         build_trainer,
         check_decoder,
+        decoder_origin,
         tensor_settings,
     )
     from moco.cli.closing_tables import print_segmentation
@@ -57,7 +58,8 @@ def run(config: SegmentConfig, folder: Path) -> None:
         failures_named(folder),
         ExitStack() as stack,
     ):
-        run = Run(config, folder, stop, hydra_files(), figures=backbone_origin(config, start))
+        origin = backbone_origin(config, start) | decoder_origin(decoder)
+        run = Run(config, folder, stop, hydra_files(), figures=origin)
         if run.is_finished():
             return
         try:

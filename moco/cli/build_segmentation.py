@@ -15,17 +15,19 @@ from moco.cli import training_run
 from moco.cli.checks import check_deterministic_segmentation
 from moco.cli.resuming import Resumed
 from moco.cli.starting_backbone import StartingBackbone
+from moco.cli.starting_decoder import StartingDecoder, find_decoder
 from moco.cli.training_run import Run
 from moco.config.segment import SegmentConfig
 from moco.data.sources.source import PIXEL_SETTINGS
 from moco.errors import InputError
 from moco.models.contract import check_feature_maps
 from moco.models.swin.backbone import Swin
-from moco.segmentation.decoders import choose_decoder
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_sources import build_segmentation_source
 from moco.segmentation.segmentation_data import SegmentationData
 from moco.segmentation.segmenter import Segmenter
+from moco.weights.pretrained_decoder import load_pretrained_decoder
+from moco.weights.weight_files import source_in_errors
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +71,15 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
     )
 
 
-def check_decoder(config: SegmentConfig, start: StartingBackbone) -> str:
-    """Return the name of the decoder.
+def check_decoder(config: SegmentConfig, start: StartingBackbone) -> StartingDecoder:
+    """Return the decoder that the run starts with.
 
     Raises:
-        InputError: a package is missing, the images are too small, or the decoder cannot be
-            deterministic where it has to be.
+        InputError: a package is missing, a pretrained decoder cannot be taken over, the images are
+            too small, or the decoder cannot be deterministic where it has to be.
     """
     check_feature_maps(start.backbone, "moco.segment")
-    name = choose_decoder(config.decoder.name, config.freeze_backbone)
+    decoder = find_decoder(config, start)
     cell = start.backbone.feature_map_strides[-1]
     if start.image_size < cell:
         raise InputError(
@@ -85,17 +87,23 @@ def check_decoder(config: SegmentConfig, start: StartingBackbone) -> str:
             "a cell of the backbone's last map"
         )
     check_deterministic_segmentation(
-        config.trainer, start.backbone, name, start.image_size, config.freeze_backbone
+        config.trainer, start.backbone, decoder.name, start.image_size, config.freeze_backbone
     )
-    return name
+    return decoder
 
 
 def build_segmenter(
-    config: SegmentConfig, start: StartingBackbone, decoder: str, class_names: Sequence[str]
+    config: SegmentConfig,
+    start: StartingBackbone,
+    decoder: StartingDecoder,
+    class_names: Sequence[str],
 ) -> Segmenter:
-    """Return the model with the weights of the backbone.
+    """Return the model with the weights of the backbone, and of the decoder if it is pretrained.
 
-    The decoder's weights are the same for every backbone of one architecture and seed.
+    New weights of a decoder are the same for every backbone of one architecture and seed.
+
+    Raises:
+        InputError: the pretrained decoder does not fit the backbone.
     """
     optimizer = dataclasses.asdict(config.optimizer)
     if optimizer["layer_decay"] is None:
@@ -106,7 +114,7 @@ def build_segmenter(
     torch.manual_seed(config.seed)
     segmenter = Segmenter(
         backbone=start.settings,
-        decoder={"name": decoder, "channels": config.decoder.channels},
+        decoder={"name": decoder.name, "channels": decoder.channels},
         optimizer=optimizer,
         num_classes=len(class_names),
         ignore_index=config.data.ignore_index,
@@ -117,9 +125,17 @@ def build_segmenter(
         std=start.std,
     )
     segmenter.model.backbone.load_state_dict(start.backbone.state_dict())
+    if decoder.pretrained is not None:
+        with source_in_errors(f"checkpoint={config.checkpoint}"):
+            load_pretrained_decoder(segmenter.model.decoder, decoder.pretrained)
+        log.info(
+            "decoder: the pretrained %s of the checkpoint, %d channels wide, with a new head",
+            decoder.name,
+            decoder.pretrained.channels,
+        )
     log.info(
         "decoder: %s; %d classes; layer decay %g",
-        decoder,
+        decoder.name,
         len(class_names),
         optimizer["layer_decay"],
     )
@@ -162,6 +178,11 @@ def backbone_origin(config: SegmentConfig, start: StartingBackbone) -> dict[str,
     if hasattr(start.backbone, "window_size"):
         figures["segment/window_size"] = list(start.backbone.window_size)
     return figures
+
+
+def decoder_origin(decoder: StartingDecoder) -> dict[str, Any]:
+    """Return whether the decoder is pretrained, under the name of ``metrics.json``."""
+    return {"segment/decoder_from_checkpoint": decoder.pretrained is not None}
 
 
 def tensor_settings(config: Any, hparams: Any) -> dict[str, Any]:

@@ -164,7 +164,10 @@ def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequen
     obstacles = resized_positions(backbone, image_sizes)
     if encoder.dense_projector is not None:
         grid = config.method.dense_grid
-        side = max(last_map_side(backbone, size) for size in image_sizes)
+        stride = backbone.feature_map_strides[-1]
+        if encoder.decoder is not None:
+            stride = encoder.decoder.stride
+        side = max(map_side(backbone, size, stride) for size in image_sizes)
         if side > grid > 1:
             obstacles.append(
                 f"the dense term's pooling of a map of {side} x {side} cells to "
@@ -191,16 +194,16 @@ def check_deterministic_segmentation(
     refuse_nondeterministic(trainer, obstacles)
 
 
-def last_map_side(backbone: Any, image_size: int) -> int:
-    """Return the side of a backbone's last feature map, cells, for square images.
+def map_side(backbone: Any, image_size: int, stride: int) -> int:
+    """Return the side of a feature map, cells, for square images.
 
     Args:
         backbone: under the backbone contract.
         image_size: side of the images, px.
+        stride: px of the image per cell of the map.
     """
     if getattr(backbone, "partial_patches", None) == "drop":
         image_size = image_size // backbone.patch_size * backbone.patch_size
-    stride = backbone.feature_map_strides[-1]
     return int(-(-image_size // stride))  # rounded up
 
 

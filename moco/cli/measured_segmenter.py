@@ -18,6 +18,7 @@ from moco.runs.checkpoint_files import read_checkpoint
 from moco.segmentation.mask_sources import build_segmentation_source, read_class_names
 from moco.targets import check_named
 from moco.training.hardware import choose_device
+from moco.weights.weight_files import is_segmenter
 
 
 def measure(config: EvaluateConfig) -> tuple[Findings, dict[str, Any]]:
@@ -36,7 +37,7 @@ def measure(config: EvaluateConfig) -> tuple[Findings, dict[str, Any]]:
     device = choose_device(config.accelerator)
     content = read_checkpoint(path)
     learned = content["hyper_parameters"]
-    if "decoder" not in learned:
+    if not is_segmenter(learned):
         raise InputError(
             f"checkpoint={path}: evaluation=segmentation measures a model of moco.segment, and "
             "this one has no decoder; evaluation=dense segments by its features"

@@ -36,6 +36,8 @@ METHOD_SHAPES = (
     "queue_size",
     "num_queues",
     "mask_own_group",
+    "decoder",
+    "decoder_channels",
 )
 
 
