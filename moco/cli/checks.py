@@ -290,6 +290,39 @@ def advise_window(backbone: "nn.Module", image_size: int) -> None:
     )
 
 
+def keys_of_run(config: TrainConfig, num_images: int) -> int:
+    """Return how many keys the queue gets in the whole run."""
+    num_steps = config.trainer.max_epochs * (num_images // config.data.batch_size)
+    if config.trainer.max_steps > 0:
+        num_steps = min(num_steps, config.trainer.max_steps)
+    num_keys = num_steps * config.data.batch_size
+    if config.method.symmetric and config.method.num_queues == 1:
+        num_keys *= 2  # one queue gets the keys of both views
+    return num_keys
+
+
+def warn_of_neighbours(config: TrainConfig, num_images: int) -> None:
+    """Warn if ``method.neighbours`` has no effect in this run, because it ends too early."""
+    method = config.method
+    if method.neighbours == 0 or method.queue_size is None:
+        return
+    num_keys = keys_of_run(config, num_images)
+    if method.queue_size >= num_keys:
+        log.warning(
+            "method.neighbours=%d: there are none before the queue is full, and this run produces "
+            "only %d keys for method.queue_size=%d; reduce the queue or train longer",
+            method.neighbours,
+            num_keys,
+            method.queue_size,
+        )
+    elif method.neighbours_from_epoch >= config.trainer.max_epochs:
+        log.warning(
+            "method.neighbours_from_epoch=%d: the run has only %d epochs, so it has no neighbours",
+            method.neighbours_from_epoch,
+            config.trainer.max_epochs,
+        )
+
+
 def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
     """Warn if the number of negatives does not fit the dataset or the batch.
 
@@ -310,12 +343,7 @@ def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
                 config.data.batch_size // num_parts,
             )
         return
-    num_steps = config.trainer.max_epochs * (num_images // config.data.batch_size)
-    if config.trainer.max_steps > 0:
-        num_steps = min(num_steps, config.trainer.max_steps)
-    num_keys = num_steps * config.data.batch_size
-    if config.method.symmetric and config.method.num_queues == 1:
-        num_keys *= 2  # one queue gets the keys of both views
+    num_keys = keys_of_run(config, num_images)
     limit = min(num_images // 10, num_keys)
     if config.method.queue_size <= limit:
         return

@@ -187,6 +187,7 @@ def check_before_training(config: TrainConfig, data: "PretrainingData", method: 
     checks.advise_window(encoder.backbone, ramp.image_size)
     checks.check_resolution_ramp(ramp, encoder.backbone, config.trainer.max_epochs)
     checks.warn_of_negatives(config, len(data.source.train))
+    checks.warn_of_neighbours(config, len(data.source.train))
 
 
 def tensor_settings(config: Mapping[str, Any], hparams: Any) -> dict[str, Any]:

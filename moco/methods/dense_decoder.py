@@ -22,15 +22,15 @@ DENSE_DECODERS = ("fpn",)
 
 
 def build_dense_decoder(
-    name: str, channels: int | None, backbone: nn.Module, dense_weight: float
-) -> PyramidDecoder:
-    """Return a freshly initialised decoder for the dense term, without a head and without dropout.
+    name: str | None, channels: int | None, backbone: nn.Module, dense_weight: float
+) -> PyramidDecoder | None:
+    """Return a freshly initialised decoder for the dense term, or None if none is asked for.
 
-    Dropped channels would blur which cells are similar. The FPN has GroupNorm and, for Swin and
-    ViT, LayerNorm, so that no mode of BatchNorm concerns it.
+    It has no head and no dropout, because dropped channels would blur which cells are similar. The
+    FPN has GroupNorm and, for Swin and ViT, LayerNorm, so that no mode of BatchNorm concerns it.
 
     Args:
-        name: one of `DENSE_DECODERS`.
+        name: one of `DENSE_DECODERS`, or None.
         channels: its width; None: `DEFAULT_CHANNELS`. A cell has half as many features.
         backbone: under the backbone contract, with feature maps.
         dense_weight: weight of the dense term.
@@ -39,6 +39,12 @@ def build_dense_decoder(
         InputError: there is no such decoder, no dense term, no such width, the backbone has other
             maps, or segmentation_models_pytorch is missing.
     """
+    if name is None:
+        if channels is not None:
+            raise InputError(
+                f"method.decoder_channels={channels}: without method.decoder=fpn it has no effect"
+            )
+        return None
     setting = f"method.decoder={name}"
     if name not in DENSE_DECODERS:
         raise InputError(f"method.decoder: {unknown_name('decoder', name, DENSE_DECODERS)}")

@@ -159,10 +159,8 @@ class MoCo(pl.LightningModule):
         self.sorts_by_group = False
 
         self.query_encoder = Encoder(net, build_head(net.feature_dim, embedding_dim, **projector))
-        dense_decoder = None
-        if decoder is not None:
-            dense_decoder = build_dense_decoder(decoder, decoder_channels, net, dense_weight)
-            self.query_encoder.decoder = dense_decoder
+        dense_decoder = build_dense_decoder(decoder, decoder_channels, net, dense_weight)
+        self.query_encoder.decoder = dense_decoder
         if dense_weight > 0:
             hidden_dim = projector.get("hidden_dim")
             check_feature_maps(net, f"method.dense_weight={dense_weight}")

@@ -10,6 +10,7 @@ from torchvision.ops import StochasticDepth
 
 from moco.models.contract import feature_and_maps
 from moco.models.heads import Cells
+from moco.models.pyramid import PyramidDecoder
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -46,7 +47,7 @@ class Encoder(nn.Module):
         backbone: nn.Module,
         projector: nn.Module,
         dense_projector: nn.Module | None = None,
-        decoder: nn.Module | None = None,
+        decoder: PyramidDecoder | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone

@@ -41,6 +41,8 @@ GROUP_OF = {
     "epoch/probe_top1": HEALTH,
     "train/loss_dense": HEALTH,
     "train/loss_global": HEALTH,
+    "train/loss_key": HEALTH,
+    "train/loss_neighbours": HEALTH,
     "train/loss_of_chance": HEALTH,
     "train/skipped_steps": HEALTH,
     "data_wait": TIME,
