@@ -1,6 +1,6 @@
 """Measure this project and its peers on the same machine, in the same run, with the same work.
 
-    python scripts/benchmark.py step|loss|update|data|knn|swin|timm|end_to_end|startup
+    python scripts/benchmark.py step|switches|loss|update|data|knn|swin|timm|end_to_end|startup
         [--against lightly] [--against official=PATH] [--only 'resnet18*fp32*'] [--repeats 5]
         [--sittings 1] [--threads 2] [--device cpu] [--json FILE] [--tiny]
 
@@ -33,7 +33,18 @@ from rich.console import Console
 
 from moco.errors import InputError
 
-KINDS = ("step", "loss", "update", "data", "knn", "swin", "timm", "end_to_end", "startup")
+KINDS = (
+    "step",
+    "switches",
+    "loss",
+    "update",
+    "data",
+    "knn",
+    "swin",
+    "timm",
+    "end_to_end",
+    "startup",
+)
 
 
 def positive(text: str) -> int:
