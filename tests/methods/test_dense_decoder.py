@@ -89,7 +89,7 @@ def test_the_decoder_keeps_all_channels_in_training():
 
 def test_the_momentum_update_reaches_the_decoder(runner):
     settings = ["method.dense_weight=0.5", "method.decoder=fpn", "method.decoder_channels=128"]
-    method = runner.fit(runner.config(*settings))
+    method = runner.fit(runner.config(*settings, "trainer.max_steps=1"))
     weights = [
         encoder.decoder.decoder.p5.weight for encoder in (method.query_encoder, method.key_encoder)
     ]

@@ -53,8 +53,7 @@ def decoder_of(shapes, path, *overrides):
     return segmenter_of(config).model.decoder
 
 
-@pytest.mark.parametrize("which", ["query", "key"])
-@pytest.mark.parametrize("name", ["fpn", "auto"])
+@pytest.mark.parametrize(("name", "which"), [("fpn", "key"), ("auto", "query")])
 def test_fine_tuning_starts_with_the_decoder_of_its_encoder(name, which, shapes, swin, caplog):
     caplog.set_level(logging.INFO)
     decoder = decoder_of(shapes, swin, f"decoder={name}", f"encoder={which}")
@@ -153,6 +152,7 @@ def test_a_decoder_of_another_backbone_is_named(shapes, swin, tmp_path):
     assert str(error.value).endswith(end)
 
 
+@pytest.mark.slow
 def test_a_run_says_that_its_decoder_is_pretrained_and_goes_on(shapes, swin, tmp_path):
     for steps in (1, 2):
         overrides = ["decoder=fpn", "image_size=32", f"trainer.max_steps={steps}"]
