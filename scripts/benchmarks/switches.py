@@ -36,8 +36,8 @@ DECODER = {
 NETS = {
     "ResNet-18, 32 px, batch 256, K 4096": (Net("resnet18_cifar", 32, 256, 4096), NEIGHBOURS),
     "ResNet-18, 32 px, batch 256, K 65536": (Net("resnet18_cifar", 32, 256, 65536), NEIGHBOURS),
-    "ResNet-18, 224 px, batch 16": (Net("resnet18", 224, 16, 4096), DECODER),
-    "Swin V2-T, 224 px, batch 8": (Net("swin_v2_t", 224, 8, 4096, window_size=7), DECODER),
+    "ResNet-18, 224 px, batch 8": (Net("resnet18", 224, 8, 4096), DECODER),
+    "Swin V2-T, 224 px, batch 4": (Net("swin_v2_t", 224, 4, 4096, window_size=7), DECODER),
 }
 ON_A_GPU = {
     "ResNet-18, 32 px, batch 512, K 65536": (Net("resnet18_cifar", 32, 512, 65536), NEIGHBOURS),
