@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from moco.errors import InputError
+from moco.methods.dense_decoder import DENSE_DECODERS
 from moco.models.pyramid import DEFAULT_CHANNELS, HEAD
 from moco.weights.architecture import misfit
 from moco.weights.library_names import Weights
@@ -51,9 +52,10 @@ def decoder_in(file: WeightFile, which: str) -> PretrainedDecoder | None:
     """
     method = file.hyper_parameters or {}
     name = method.get("decoder")
-    if name is None:
-        return None
     channels = method.get("decoder_channels") or DEFAULT_CHANNELS
+    # The file may be of anyone.
+    if name not in DENSE_DECODERS or not isinstance(channels, int):
+        return None
     return PretrainedDecoder(name, channels, part_of(file.weights, f"{which}_encoder.decoder."))
 
 

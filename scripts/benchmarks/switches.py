@@ -34,8 +34,8 @@ DECODER = {
     "dense term on an FPN of 128 channels": (*FPN, "method.decoder_channels=128"),
 }
 NETS = {
-    "ResNet-18, 32 px, batch 256, K 4096": (Net("resnet18_cifar", 32, 256, 4096), NEIGHBOURS),
-    "ResNet-18, 32 px, batch 256, K 65536": (Net("resnet18_cifar", 32, 256, 65536), NEIGHBOURS),
+    "ResNet-18, 32 px, batch 32, K 4096": (Net("resnet18_cifar", 32, 32, 4096), NEIGHBOURS),
+    "ResNet-18, 32 px, batch 32, K 65536": (Net("resnet18_cifar", 32, 32, 65536), NEIGHBOURS),
     "ResNet-18, 224 px, batch 8": (Net("resnet18", 224, 8, 4096), DECODER),
     "Swin V2-T, 224 px, batch 4": (Net("swin_v2_t", 224, 4, 4096, window_size=7), DECODER),
 }

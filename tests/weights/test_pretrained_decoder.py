@@ -15,6 +15,8 @@ from moco.runs.checkpoint_files import read_checkpoint
 from moco.segment import run
 from moco.weights.backbone_files import write_backbone_file
 from moco.weights.init_from import start_from
+from moco.weights.pretrained_decoder import decoder_in
+from moco.weights.weight_files import WeightFile
 from tests.segmentation.shapes import draw_shapes
 from tests.segmentation.test_segment import (
     config_of,
@@ -180,6 +182,13 @@ def test_an_encoder_is_loaded_without_the_decoder_and_its_package(which, swin, m
     pretrained = read_checkpoint(swin)["state_dict"]
     for key, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, pretrained[f"{which}_encoder.{key}"]), key
+
+
+@pytest.mark.parametrize("made_up", [{"decoder": "gru"}, {"decoder_channels": "wide"}])
+def test_a_decoder_that_no_run_has_is_none(made_up):
+    hyper_parameters = {"decoder": "fpn", "decoder_channels": 128} | made_up
+    file = WeightFile("a file", {}, {}, hyper_parameters=hyper_parameters)
+    assert decoder_in(file, "query") is None
 
 
 def test_the_backbone_file_holds_no_decoder(swin, tmp_path):
