@@ -5,6 +5,7 @@ All steps are on random tensors in memory. The queues are full, as they are for 
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -58,6 +59,11 @@ class SwitchedNet(Net):
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="on a CPU: count the seconds that a process computes, for a machine with other work",
+    )
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
@@ -73,26 +79,30 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
         # The layouts that `moco.train` chooses.
         layout = "channels_last" if net.has_batch_norm else "contiguous"
         setting = Setting(device, arguments.precision, layout)
-        contenders = turns_of(net, setting, switches)
+        clock = time.process_time if arguments.cpu_time else time.perf_counter
+        contenders = turns_of(net, setting, switches, clock)
         yield Case(name, contenders, (PLAIN,), num_threads=num_threads)
 
 
 def turns_of(
-    net: Net, setting: Setting, switches: Mapping[str, tuple[str, ...]]
+    net: Net,
+    setting: Setting,
+    switches: Mapping[str, tuple[str, ...]],
+    clock: Callable[[], float],
 ) -> dict[str, Callable[[], Turn]]:
     """Return what builds the turn of each contender."""
     turns = {}
     for name, overrides in switches.items():
         switched = SwitchedNet(**dataclasses.asdict(net), overrides=overrides)
-        turns[name] = partial(one_step, switched, setting)
+        turns[name] = partial(one_step, switched, setting, clock)
     return turns
 
 
-def one_step(net: Net, setting: Setting) -> Turn:
+def one_step(net: Net, setting: Setting, clock: Callable[[], float]) -> Turn:
     """Return a turn of one step, always on the same two views."""
     step = ours.step(net, setting, prepare=fill_queues)
     work = partial(step, *setting.views(net))
-    return timed(work, setting.device, images=net.batch_size)
+    return timed(work, setting.device, images=net.batch_size, clock=clock)
 
 
 def fill_queues(method: MoCo) -> None:
