@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moco.models.backbones import register_backbone as register_backbone
     from moco.models.swin.window_change import rewindow as rewindow
     from moco.weights.load_encoder import load_encoder as load_encoder
+    from moco.weights.load_segmenter import load_segmenter as load_segmenter
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ MODULES = {
     "info_nce": "moco.methods.losses",
     "knn_accuracy": "moco.evaluation.knn",
     "load_encoder": "moco.weights.load_encoder",
+    "load_segmenter": "moco.weights.load_segmenter",
     "pretrain": "moco.cli.from_python",
     "register_backbone": "moco.models.backbones",
     "register_operation": "moco.data.augment.operations",

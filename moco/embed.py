@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moco.cli.checks import check_output
+from moco.cli.checks import check_output, check_weights
 from moco.cli.default_outputs import features_file
 from moco.cli.launch import hydra_files, launch
 from moco.config.pretrained import (
@@ -16,6 +16,7 @@ from moco.config.pretrained import (
     with_usual_settings,
 )
 from moco.errors import InputError
+from moco.phases import LOADING, phase
 
 
 def run(config: EmbedConfig, folder: Path) -> None:
@@ -29,31 +30,33 @@ def run(config: EmbedConfig, folder: Path) -> None:
             cannot be written.
         RunError: features are not finite, or the machine ran out of memory or disk.
     """
-    from moco.cli.closing_tables import print_plain, print_table
-    from moco.data.augment.views import Normalized
-    from moco.evaluation import embedding
-    from moco.evaluation.indexes import empty_index
-    from moco.evaluation.resumable_features import remove_parts, taken
-    from moco.evaluation.subject import build_source_of
-    from moco.phases import phase
-    from moco.runs.failures import failures_without_training_named
-    from moco.runs.interrupts import ending_at_once
-    from moco.runs.run_folder import claimed
-    from moco.screen import screen
-    from moco.training.hardware import choose_device
-    from moco.weights.load_encoder import fit_to_data, load_pretrained
-
     if config.output is not None:
         check_features_output(Path(config.output))
+    check_weights(config.checkpoint)
+    with phase(LOADING, unit=""):
+        from moco.cli.closing_tables import print_plain, print_table
+        from moco.data.augment.views import Normalized
+        from moco.evaluation import embedding
+        from moco.evaluation.indexes import empty_index
+        from moco.evaluation.resumable_features import remove_parts, taken
+        from moco.evaluation.subject import build_source_of
+        from moco.runs.failures import failures_without_training_named
+        from moco.runs.interrupts import ending_at_once
+        from moco.runs.run_folder import claimed
+        from moco.screen import screen
+        from moco.training.hardware import choose_device
+        from moco.weights.load_encoder import fit_to_data, load_pretrained
+
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
-    pretrained = load_pretrained(
-        config.checkpoint,
-        config.encoder,
-        given,
-        config.feature,
-        trust_targets=config.trust_targets,
-    )
+    with phase("reading the checkpoint", unit=""):
+        pretrained = load_pretrained(
+            config.checkpoint,
+            config.encoder,
+            given,
+            config.feature,
+            trust_targets=config.trust_targets,
+        )
     encoder: Any = pretrained.encoder
     if config.index != embedding.NO_INDEX and config.feature == "backbone":
         # What faiss refuses is refused before the images are embedded.

@@ -4,8 +4,13 @@ Each program turns them into one line on stderr and an exit code.
 """
 
 import difflib
+import itertools
+import os
 import signal
 from collections.abc import Iterable
+
+MOST_NEAR = 10_000
+"""Entries of a folder among which the nearest name is looked for."""
 
 
 class InputError(ValueError):
@@ -73,3 +78,32 @@ def unknown_name(what: str, name: str, choices: Iterable[str]) -> str:
         nearest = [choice for choice in choices if name in choice]
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     return f"unknown {what} '{name}'{hint} (choices: {', '.join(choices)})"
+
+
+def near_path(path: str | os.PathLike[str]) -> str:
+    """Return ``; did you mean 'PATH'?`` for a path that does not exist, or nothing.
+
+    The nearest name is looked for in the deepest folder of the path that exists, in any case.
+    """
+    missing, rest = os.fspath(path).rstrip(os.sep), ""
+    if not missing or os.path.exists(missing):
+        return ""
+    folder, name = os.path.split(missing)
+    while folder and not os.path.isdir(folder):
+        rest = os.path.join(name, rest) if rest else name
+        folder, name = os.path.split(folder)
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MOST_NEAR)]
+    except OSError:
+        return ""
+    # Without endings: two names are not alike because both are checkpoints.
+    stem, ending = os.path.splitext(name.lower())
+    names.sort(key=lambda name: (os.path.splitext(name.lower())[1] == ending, name))
+    found = {os.path.splitext(name.lower())[0]: name for name in names}
+    nearest = difflib.get_close_matches(stem, found, n=1)
+    if not nearest:
+        return ""
+    near = os.path.join(folder, found[nearest[0]])
+    whole = os.path.join(near, rest)
+    return f"; did you mean '{whole if rest and os.path.exists(whole) else near}'?"

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.cli.checks import check_output
+from moco.cli.checks import check_output, check_weights
 from moco.cli.launch import hydra_files, launch
 from moco.config.pretrained import (
     EvaluateConfig,
@@ -17,6 +17,7 @@ from moco.config.pretrained import (
     with_defaults,
     with_usual_settings,
 )
+from moco.phases import LOADING, phase
 
 REPORT = "report"
 """The folder of the plots and the page that shows them, in the run folder."""
@@ -36,24 +37,34 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         InputError: the checkpoint or the data cannot be used, or the backbone has no such window.
         RunError: the machine ran out of memory or disk.
     """
-    from moco.cli import measured_segmenter
-    from moco.cli.closing_tables import is_sweep_job, print_plain, shown, two_columns
-    from moco.evaluation.measurements import measure
-    from moco.evaluation.reports.page import report_page
-    from moco.runs.atomic_files import write_atomically, write_json
-    from moco.runs.failures import failures_without_training_named
-    from moco.runs.run_folder import claimed
-    from moco.screen import screen
-
     check_settings(config)
     output = Path(config.output) if config.output else folder / "metrics.json"
     check_output(output)
+    check_weights(config.checkpoint)
+    with phase(LOADING, unit=""):
+        from moco.cli import measured_segmenter
+        from moco.cli.closing_tables import (
+            is_sweep_job,
+            print_next,
+            print_plain,
+            shown,
+            two_columns,
+        )
+        from moco.cli.typed_command import after_evaluation
+        from moco.evaluation.measurements import measure
+        from moco.evaluation.reports.page import report_page
+        from moco.runs.atomic_files import write_atomically, write_json
+        from moco.runs.failures import failures_without_training_named
+        from moco.runs.run_folder import claimed
+        from moco.screen import screen
+
     failures_named = partial(failures_without_training_named, "evaluation.batch_size")
     with failures_named():
         if config.evaluation.name == "segmentation":
             findings, origin = measured_segmenter.measure(config)
         else:
-            subject, pretrained = subject_of(config, folder)
+            with phase("reading the checkpoint", unit=""):
+                subject, pretrained = subject_of(config, folder)
             findings = measure(subject)
             origin = origin_of(subject, pretrained)
     console = screen.console
@@ -76,6 +87,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     for path in [*files, output]:
         if path.suffix != ".png":  # the page shows them
             print_plain(console, f"written to {os.path.relpath(path)}")
+    print_next(console, after_evaluation(config, findings.scores))
 
 
 def show(console: "Console", folder: Path, headline: str, tables: Sequence["Table"]) -> None:
@@ -136,6 +148,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
         at_data=at_data,
         shown_bands=config.preview.bands,
         pair=pair,
+        num_steps=pretrained.step,
     )
     return subject, pretrained
 

@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.cli.checks import check_output
+from moco.cli.checks import check_output, check_weights
 from moco.cli.default_outputs import export_file
 from moco.cli.launch import hydra_files, launch
 from moco.config.pretrained import ExportConfig, given_settings, image_size_of, with_usual_settings
+from moco.phases import LOADING, phase
 
 if TYPE_CHECKING:
     from moco.weights.load_encoder import Pretrained
@@ -30,22 +31,24 @@ def run(config: ExportConfig, folder: Path) -> None:
             cannot be written.
         RunError: the disk is full.
     """
-    import torch
+    check_weights(config.checkpoint)
+    with phase(LOADING, unit=""):
+        import torch
 
-    from moco.cli.closing_tables import print_plain, print_table
-    from moco.runs.atomic_files import write_atomically
-    from moco.runs.failures import failures_without_training_named
-    from moco.runs.run_folder import claimed
-    from moco.screen import screen
-    from moco.weights.exporting import (
-        ENDINGS,
-        check_ending,
-        deviation,
-        export_content,
-        loading_lines,
-        summary_rows,
-    )
-    from moco.weights.load_encoder import load_pretrained
+        from moco.cli.closing_tables import print_plain, print_table
+        from moco.runs.atomic_files import write_atomically
+        from moco.runs.failures import failures_without_training_named
+        from moco.runs.run_folder import claimed
+        from moco.screen import screen
+        from moco.weights.exporting import (
+            ENDINGS,
+            check_ending,
+            deviation,
+            export_content,
+            loading_lines,
+            summary_rows,
+        )
+        from moco.weights.load_encoder import load_pretrained
 
     file_format = config.format
     if config.output is None:
@@ -54,12 +57,13 @@ def run(config: ExportConfig, folder: Path) -> None:
         output = Path(config.output)
     check_output(output)
     check_ending(output, file_format)
-    pretrained = load_pretrained(
-        config.checkpoint,
-        config.encoder,
-        given_settings(config.backbone),
-        trust_targets=config.trust_targets,
-    )
+    with phase("reading the checkpoint", unit=""):
+        pretrained = load_pretrained(
+            config.checkpoint,
+            config.encoder,
+            given_settings(config.backbone),
+            trust_targets=config.trust_targets,
+        )
     # Readers of weights expect the usual memory format.
     backbone: Any = pretrained.encoder.backbone.to(memory_format=torch.contiguous_format)
     settings = pretrained.settings

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from moco.cli.launch import hydra_files, launch
 from moco.config.pack import PackConfig
 from moco.errors import InputError
+from moco.phases import LOADING, phase
 
 if TYPE_CHECKING:
     from moco.data.packing import Pool
@@ -25,14 +26,14 @@ def run(config: PackConfig, folder: Path) -> None:
         InputError: the source cannot be read, or the output folder holds something else.
         RunError: the disk is full, or images of the copy differ.
     """
-    from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
-    from moco.data.sources.registry import build_source
-    from moco.data.sources.source import reading_of
-    from moco.phases import phase
-    from moco.runs.failures import failures_without_training_named
-    from moco.runs.folder_lock import locked
-    from moco.runs.interrupts import PARTS_KEPT, ending_at_once
-    from moco.runs.run_folder import claimed
+    with phase(LOADING, unit=""):
+        from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
+        from moco.data.sources.registry import build_source
+        from moco.data.sources.source import reading_of
+        from moco.runs.failures import failures_without_training_named
+        from moco.runs.folder_lock import locked
+        from moco.runs.interrupts import PARTS_KEPT, ending_at_once
+        from moco.runs.run_folder import claimed
 
     output = Path(config.output)
     data = dataclasses.asdict(config.data)
@@ -40,7 +41,7 @@ def run(config: PackConfig, folder: Path) -> None:
         if data.pop(name) is not None:
             raise InputError(f"data.{name}: a copy keeps the values; give it to those who read it")
     # These are settings of the copy, and not of the source.
-    for name in ("dicom_window", "max_bad_fraction", "resize"):
+    for name in ("dicom_window", "max_bad_fraction", "num_workers", "resize"):
         del data[name]
     source = build_source(**data)
     source.read_as(reading_of(vars(config.data)))
@@ -67,7 +68,6 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     """
     from moco.cli.closing_tables import print_plain, print_table
     from moco.data.packing import CopyWriter, chunk_loader, describe_copy, open_copy
-    from moco.phases import phase
     from moco.runs.interrupts import ENDING, held_back
     from moco.runs.run_folder import as_override
     from moco.screen import screen
@@ -76,13 +76,17 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     settings = dataclasses.asdict(config)
     for name in ("output", "num_workers", "check"):
         del settings[name]
+    del settings["data"]["num_workers"]
+    num_workers = config.data.num_workers
+    if config.num_workers is not None:
+        num_workers = config.num_workers
     if isinstance(config.data.root, str):  # the command may go on from another working directory
         settings["data"]["root"] = os.path.abspath(config.data.root)
     index = open_copy(output, settings, pool)
     if index["complete"]:
         return
     with closing(CopyWriter(output, index, pool, config.data.max_bad_fraction)) as writer:
-        loader = chunk_loader(pool, index, writer.num_done, config.num_workers)
+        loader = chunk_loader(pool, index, writer.num_done, num_workers)
         with held_back(ENDING):  # a loader that is interrupted while it starts prints a traceback
             chunks = iter(loader)
         with phase("packing", len(pool), start=writer.num_done) as say:

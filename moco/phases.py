@@ -17,6 +17,8 @@ from moco.screen import screen
 
 log = logging.getLogger(__name__)
 
+LOADING = "loading the libraries"
+"""Title of the phase in which a program imports torch, which takes seconds."""
 SECONDS_WITHOUT_BAR = 2.0
 """A phase that ends sooner draws nothing."""
 SECONDS_WITHOUT_LINE = 10.0
@@ -185,6 +187,17 @@ def bar_line(
 def short(speed: float) -> str:
     """Return a number per second; one digit behind the point if it is small."""
     return f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
+
+
+def about(seconds: float) -> str:
+    """Return a rough duration as ``22 h``, ``40 min`` or ``3 s``; from two days on in days."""
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:.0f} days"
+    if seconds >= 3300:
+        return f"{max(1.0, seconds / 3600):.2g} h"
+    if seconds >= 90:
+        return f"{seconds / 60:.0f} min"
+    return f"{max(1, seconds):.0f} s"
 
 
 def clock(seconds: float) -> str:

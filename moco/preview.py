@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moco.cli.launch import launch
 from moco.config.train import PreviewConfig
 from moco.errors import InputError, printable
+from moco.phases import LOADING, phase
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,10 +36,11 @@ def run(config: PreviewConfig, folder: Path) -> None:
     if output.suffix.lower() != ".png":
         raise InputError(f"output={output}: expected a name that ends in .png")
 
-    from PIL.PngImagePlugin import PngInfo
+    with phase(LOADING, unit=""):
+        from PIL.PngImagePlugin import PngInfo
 
-    from moco.cli.build_pretraining import build_data
-    from moco.data.files.written_files import SOFTWARE
+        from moco.cli.build_pretraining import build_data
+        from moco.data.files.written_files import SOFTWARE
 
     data = build_data(config)
     images = data.first_images(config.num_pairs)

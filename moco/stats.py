@@ -6,6 +6,7 @@ and ``augmentation.std``.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from moco.cli.checks import check_output
 from moco.cli.launch import hydra_files, launch
 from moco.config.stats import StatsConfig
 from moco.errors import InputError, printable
+from moco.phases import LOADING, phase
 
 if TYPE_CHECKING:
     from moco.data.band_statistics import Statistics
@@ -30,18 +32,19 @@ def run(config: StatsConfig, folder: Path) -> None:
     Raises:
         InputError: the dataset cannot be read, or too many of its images.
     """
-    from moco.cli.closing_tables import print_plain
-    from moco.data.band_statistics import figures_of
-    from moco.data.sources.pixel_values import checked_selection
-    from moco.data.sources.registry import build_source
-    from moco.data.sources.sample import chosen_bands
-    from moco.data.sources.source import reading_of
-    from moco.evaluation.subject import table_of
-    from moco.runs.atomic_files import write_json
-    from moco.runs.failures import failures_without_training_named
-    from moco.runs.interrupts import ending_at_once
-    from moco.runs.run_folder import claimed
-    from moco.screen import screen
+    with phase(LOADING, unit=""):
+        from moco.cli.closing_tables import print_plain
+        from moco.data.band_statistics import figures_of
+        from moco.data.sources.pixel_values import checked_selection
+        from moco.data.sources.registry import build_source
+        from moco.data.sources.sample import chosen_bands
+        from moco.data.sources.source import reading_of
+        from moco.evaluation.subject import table_of
+        from moco.runs.atomic_files import write_json
+        from moco.runs.failures import failures_without_training_named
+        from moco.runs.interrupts import ending_at_once
+        from moco.runs.run_folder import claimed
+        from moco.screen import screen
 
     output = Path(config.output) if config.output else folder / "stats.json"
     check_output(output)
@@ -49,12 +52,12 @@ def run(config: StatsConfig, folder: Path) -> None:
         raise InputError(f"high={config.high}: expected more than low={config.low}")
     selection = checked_selection(chosen_bands(vars(config.data)))
     data = dataclasses.asdict(config.data)
-    for name in ("dicom_window", "value_range", "nodata", "max_bad_fraction"):
+    for name in ("dicom_window", "value_range", "nodata", "max_bad_fraction", "num_workers"):
         del data[name]  # these are no settings of the source
     source = build_source(**data)
     source.read_as(reading_of(vars(config.data)))
     console = screen.console
-    with failures_without_training_named("num_workers"), ending_at_once():
+    with failures_without_training_named("data.num_workers"), ending_at_once():
         statistics = measured(source, selection, config)
     figures = figures_of(statistics, selection, config.low, config.high, per_band=config.per_band)
     console.print(table_of(title_of(figures), COLUMNS, map(row_of, figures["bands"])))
@@ -63,7 +66,7 @@ def run(config: StatsConfig, folder: Path) -> None:
         print_plain(console, f"  {key}={value}".replace(", ", ","))
     with claimed(folder, dataclasses.asdict(config), hydra_files()):
         write_json(output, figures)
-    print_plain(console, f"written to {output}")
+    print_plain(console, f"written to {os.path.relpath(output)}")
 
 
 def measured(
@@ -73,14 +76,16 @@ def measured(
     from moco.data.band_statistics import Reading, Statistics
     from moco.data.files.images import check_bad_fraction
     from moco.data.loading.every_image import image_set
-    from moco.phases import phase
 
     images = image_set(source.train)
     statistics = Statistics()
     problems: dict[str, str] = {}
     reading = Reading(selection, config.data.nodata)
+    num_workers = config.data.num_workers
+    if config.num_workers is not None:
+        num_workers = config.num_workers
     with phase("measuring", len(images)) as say:
-        for number, read in enumerate(images.each(reading, config.num_workers), start=1):
+        for number, read in enumerate(images.each(reading, num_workers), start=1):
             problem = read.problem
             if not problem:
                 problem = statistics.add(read.value)

@@ -9,7 +9,18 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "moco"
-PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "stats", "sweep"}
+PROGRAMS = {
+    "train",
+    "evaluate",
+    "segment",
+    "predict",
+    "embed",
+    "preview",
+    "export",
+    "pack",
+    "stats",
+    "sweep",
+}
 # Files that every package may import.
 FOR_ALL = ("config_folder", "errors", "extras", "phases", "screen", "targets")
 # The packages that a package may import, beside itself and these files.
@@ -27,8 +38,8 @@ ALLOWED = {
     "data": set(),
     "training": {"runs"},
     "methods": {"models", "training"},
-    "segmentation": {"data", "models", "training"},
-    "weights": {"methods", "models", "runs"},
+    "segmentation": {"data", "models", "runs", "training"},
+    "weights": {"methods", "models", "runs", "segmentation"},
     "evaluation": {"data", "runs", "segmentation"},
     "callbacks": {"data", "evaluation", "runs", "segmentation", "training"},
     "cli": {
@@ -63,6 +74,7 @@ LEAVES = [
     "methods/key_queue.py",
     "methods/losses.py",
     "methods/momentum.py",
+    "segmentation/averaged_views.py",
     "segmentation/comparison_plot.py",
     "segmentation/inference.py",
     "segmentation/metrics.py",

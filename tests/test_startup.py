@@ -8,7 +8,9 @@ import pytest
 
 from tests.conftest import REPOSITORY, run_program
 
-PROGRAMS = ("train", "evaluate", "embed", "segment", "export", "pack", "preview", "stats")
+PROGRAMS = (
+    "train", "evaluate", "embed", "segment", "predict", "export", "pack", "preview", "stats",
+)  # fmt: skip
 # Seconds to import, or what a run alone has a use for.
 HEAVY = {
     "cv2", "faiss", "matplotlib", "numpy", "pandas", "PIL", "pytorch_lightning", "rich", "scipy", "sklearn", "tensorboard",

@@ -20,6 +20,7 @@ import pytest
 
 from moco.config.pack import PackConfig
 from moco.config.parsing import CONFIG_DIR, keys
+from moco.config.predict import PredictConfig
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.config.stats import StatsConfig
@@ -28,7 +29,7 @@ from tests.conftest import REPOSITORY, run_program
 
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig, "segment": SegmentConfig, "export": ExportConfig,
-    "pack": PackConfig, "preview": PreviewConfig, "stats": StatsConfig,
+    "pack": PackConfig, "preview": PreviewConfig, "stats": StatsConfig, "predict": PredictConfig,
 }  # fmt: skip
 # Right command lines that a wrong setting is added to; {folder} is the test's.
 RIGHT = {
@@ -43,6 +44,10 @@ RIGHT = {
     "pack": ["data=digits", "output={folder}/packed", "num_workers=0"],
     "preview": ["+experiment=quickstart", "output={folder}/pairs.png", "num_pairs=2"],
     "stats": ["data=digits", "num_workers=0", "output={folder}/stats.json"],
+    "predict": [
+        "checkpoint={folder}/tuned", "data.root={folder}/shapes/images", "output={folder}/masks", "accelerator=cpu",
+        "data.num_workers=0",
+    ],
 }  # fmt: skip
 # Settings that are right alone and wrong together, or wrong for these data and this checkpoint.
 CONTRADICTIONS = {
@@ -91,6 +96,13 @@ CONTRADICTIONS = {
         ["resume={folder}/nowhere.ckpt"], ["resume={folder}/text.ckpt"], ["augmentation.scale=[2,1]"],
         ["augmentation.scale=[0,1]"], ["augmentation.mean=[1,1]"], ["augmentation.std=[0,0,0]"], ["data.max_image_pixels=9"],
         ["backbone.window_size=7"], ["augmentation.color_jitter={{hue: 3}}"], ["augmentation.color_jitter={{shine: 1}}"],
+    ],
+    "predict": [
+        ["output={folder}/shapes"], ["output={folder}/text.ckpt"], ["output={folder}/text.ckpt/below"], ["split=test"],
+        ["checkpoint={folder}/nowhere.ckpt"], ["checkpoint={folder}/sound.ckpt"], ["checkpoint={folder}/text.ckpt"],
+        ["data.root={folder}/nowhere"], ["data.root={folder}/empty"], ["data.root=null"], ["data=hf", "data.root={folder}/empty"],
+        ["accelerator=cuda"], ["tta=true", "tta_scales=[]"], ["tta=true", "tta_scales=[-1]"], ["backbone.window_size=7"],
+        ["data.bands=[9]"], ["data=segmentation_folder", "data.root={folder}/empty"], ["data.pages=channels", "data.tile=64"],
     ],
     "export": [
         ["output={folder}/x.pth"], ["format=torchvision"], ["format=timm"], ["output={folder}/empty"],
@@ -240,11 +252,13 @@ def drive(path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the command lines name."""
+    from tests.segmentation.fine_tuned import write_run
     from tests.segmentation.shapes import draw_shapes
     from tests.segmentation.test_segment import pretraining_checkpoint
 
     folder = tmp_path_factory.mktemp("files")
     pretraining_checkpoint(folder / "sound.ckpt", "backbone=resnet_tiny")
+    write_run(folder / "tuned")
     draw_shapes(folder / "shapes", num_train=4, num_val=2)
     (folder / "empty").mkdir()
     (folder / "text.ckpt").write_text("text")

@@ -87,6 +87,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         """The next answer of the agreement is to a question from before the last save."""
         self.agreement = Agreement()
         self.is_size_said = False
+        self.step_ended: float | None = None
+        """Seconds on the monotonic clock; None before the first step of an epoch."""
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,11 +152,18 @@ class Checkpoints(pl.callbacks.Checkpoint):
                 "another order, and BatchNorm sees other groups"
             )
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.step_ended = None
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        now = time.monotonic()
+        if self.step_ended is not None:
+            self.stop.seconds_per_step = now - self.step_ended
+        self.step_ended = now
         is_due = time.monotonic() - self.last_saved > self.every_n_seconds
         stop, save = self.agreement.exchange([self.stop.signal_number or 0, int(is_due)])
         if self.asked_before:

@@ -56,12 +56,12 @@ class CollapseWatch(pl.Callback):
         """
         found = collapse_of(float(embedding_std(query)), rank_me(keys), keys.shape)
         for name in self.checks:
-            if found is None or found[0] != name:
+            if found is None or found.name != name:
                 self.checks[name] = 0
                 continue
             self.checks[name] += 1
             if self.checks[name] == self.CHECKS:
-                log.warning("%s at step %d: %s", name, step, found[1])
+                log.warning("%s at step %d: %s", name, step, found.in_words())
 
 
 def newest_keys(pl_module: Any, outputs: dict[str, Any]) -> Tensor:

@@ -23,6 +23,7 @@ from moco.evaluation.knn import KNNResult, knn_accuracy
 from moco.evaluation.lost_queries import warn_of_lost, without_class_in_bank
 from moco.evaluation.reports.embedded import Embedded
 from moco.phases import counted, phase
+from moco.training.board_layout import tag_of
 from moco.training.distributed.collectives import (
     copy_from_rank_zero,
     from_rank_zero,
@@ -117,8 +118,9 @@ class KNNMonitor(EpochMeasurement):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not self.has_labelled_images(trainer):
             log.info(
-                "no kNN: the dataset has no labelled training and test images; "
-                "watch label_free/* instead"
+                "no kNN: the dataset has no labelled training and test images; watch label_free/* "
+                "instead: columns of metrics.csv in the run folder, and %s in TensorBoard",
+                tag_of("label_free/*"),
             )
             return
         sizes = ""

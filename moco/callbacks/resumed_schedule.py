@@ -58,10 +58,12 @@ class ResumedSchedule(pl.Callback):
         if self.has_other_steps:
             pl_module.schedule_offset = self._offset(trainer, pl_module)
         changes = []
+        former = []
         for key in ("max_epochs", "max_steps"):
             there, here = self.loaded[key], getattr(trainer, key)
             if there != here:
                 changes.append(f"trainer.{key}={here} instead of {there}")
+                former.append(f"trainer.{key}={there}")
         is_over = step + pl_module.schedule_offset >= pl_module.num_steps
         if not changes or is_over:
             return
@@ -71,13 +73,15 @@ class ResumedSchedule(pl.Callback):
         direction = "up" if after > before else "down"
         log.warning(
             "%s: the schedule is another one, and the learning rate jumps %s from %.3g to %.3g at "
-            "step %d. To avoid this, stop here and start a new run from these weights, with a "
-            "schedule of its own: init_from=%s and another hydra.run.dir=PATH",
+            "step %d. If you forgot %s, stop here and repeat the command with it. To train longer "
+            "without a jump, start a new run from these weights, with a schedule of its own: "
+            "init_from=%s and another hydra.run.dir=PATH",
             "; ".join(changes),
             direction,
             before,
             after,
             step + 1,
+            " ".join(former),
             trainer.ckpt_path,
         )
 

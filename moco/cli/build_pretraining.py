@@ -18,6 +18,7 @@ from moco.cli.training_run import Run
 from moco.config.data import DataConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError
+from moco.phases import LOADING, phase
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -68,13 +69,14 @@ def build_data(
 
         source = with_groups(source, data.root, data.group)
 
-    from moco.data.augment.resolution_ramp import ResolutionRamp
-    from moco.data.augment.trial import try_own_steps
-    from moco.data.augment.views import EvaluationView, ViewPair
-    from moco.data.loading.datamodule import PretrainingData
-    from moco.data.loading.loaders import choose_engine
-    from moco.data.sources.sample import prepare_source
-    from moco.training.hardware import choose_device
+    with phase(LOADING, unit=""):
+        from moco.data.augment.resolution_ramp import ResolutionRamp
+        from moco.data.augment.trial import try_own_steps
+        from moco.data.augment.views import EvaluationView, ViewPair
+        from moco.data.loading.datamodule import PretrainingData
+        from moco.data.loading.loaders import choose_engine
+        from moco.data.sources.sample import prepare_source
+        from moco.training.hardware import choose_device
 
     pair = config.augmentation
     values = prepare_source(source, vars(data), pair.mean, config.preview.bands)
@@ -123,7 +125,8 @@ def listed_source(data: DataConfig, folder: Path | None, *, is_kept: bool = Fals
         InputError: the images cannot be listed.
     """
     # The rest is imported afterwards: a mistake in data.root shows at once.
-    from moco.data.sources.registry import build_source
+    with phase(LOADING, unit=""):
+        from moco.data.sources.registry import build_source
 
     arguments = inspect.signature(build_source).parameters
     settings = {key: value for key, value in vars(data).items() if key in arguments}
@@ -187,6 +190,7 @@ def build_trainer(
     from moco.callbacks.knn_monitor import KNNMonitor
     from moco.callbacks.label_free_monitor import LabelFreeMonitor
     from moco.callbacks.learning_verdict import LearningVerdict
+    from moco.callbacks.long_run import LongRun
     from moco.callbacks.online_probe import OnlineProbe
     from moco.callbacks.training_monitor import TrainingMonitor
     from moco.callbacks.unreadable_images import UnreadableList
@@ -206,6 +210,7 @@ def build_trainer(
             plots=FeaturePlots(evaluation.plots_every_n_epochs, evaluation.projector_images),
         ),
         CollapseWatch(),
+        LongRun(),
     ]
     if evaluation.diagnostics_every_n_steps:
         monitors.append(LabelFreeMonitor(evaluation.diagnostics_every_n_steps))

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from moco.cli.extensions import check_callbacks, check_loggers
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig, TrainerConfig
-from moco.errors import InputError
+from moco.errors import InputError, near_path
 from moco.extras import install_command
+from moco.phases import LOADING, phase
 from moco.runs.run_folder import LAST_CHECKPOINT, as_override, has_checkpoint
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NOTABLE_PADDING = 0.05  # cells of padding per cell of the maps
+NUM_NEAR_RUNS = 5  # that are named where there is no such checkpoint
 SMALLEST_QUEUE = 16  # keys; a smaller one would hold hardly more negatives than one batch
 
 
@@ -38,7 +40,9 @@ def check_run(config: TrainConfig | SegmentConfig) -> None:
     """Raise InputError for settings with which no training can start."""
     if config.resume not in (None, "auto") and not Path(str(config.resume)).is_file():
         of_run = Path(str(config.resume), LAST_CHECKPOINT)
-        hint = f"; {as_override('resume', of_run)} is there" if of_run.is_file() else ""
+        hint = near_path(str(config.resume))
+        if of_run.is_file():
+            hint = f"; {as_override('resume', of_run)} is there"
         raise InputError(f"resume={config.resume}: no such file{hint}")
     if config.trainer.max_steps == 0:
         raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
@@ -52,11 +56,28 @@ def check_pretraining(config: TrainConfig, folder: Path) -> None:
     if config.optimizer.name == "lars" and importlib.util.find_spec("timm") is None:
         raise InputError(f"optimizer.name=lars needs timm: {install_command('lars')}")
     if config.init_from and not Path(config.init_from).is_file() and not has_checkpoint(folder):
-        raise InputError(f"init_from={config.init_from}: no such file")
+        hint = near_path(config.init_from)
+        raise InputError(f"init_from={config.init_from}: no such file{hint}")
 
-    from moco.training.hardware import choose_device
+    with phase(LOADING, unit=""):
+        from moco.training.hardware import choose_device
 
-    choose_device(config.trainer.accelerator, config.trainer.devices)
+        choose_device(config.trainer.accelerator, config.trainer.devices)
+
+
+def check_weights(checkpoint: str | None) -> None:
+    """Raise InputError if there is no such checkpoint; name what is near, or the newest runs."""
+    if checkpoint is None or os.path.exists(checkpoint):
+        return
+    hint = near_path(checkpoint)
+    if not hint:
+        paths = list(Path("runs").glob(f"*/{LAST_CHECKPOINT}"))
+        paths += Path("runs").glob(f"*/*/{LAST_CHECKPOINT}")
+        paths.sort(key=os.path.getmtime, reverse=True)
+        newest = [str(path.parent.parent) for path in paths[:NUM_NEAR_RUNS]]
+        if newest:
+            hint = f"; runs here, newest first: {', '.join(newest)}"
+    raise InputError(f"checkpoint={checkpoint}: no such file{hint}")
 
 
 def check_output(output: Path) -> None:

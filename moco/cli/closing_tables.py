@@ -227,11 +227,7 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
             f"{figures['segment/num_images']:,} images, inference={figures['segment/inference']}"
         )
         rows.append(("measured on", protocol))
-        for key, name in SEGMENT_FIGURES.items():
-            if key in figures:
-                rows.append((name, shown(figures[key])))
-        if len(class_names) <= MAX_CLASSES_SHOWN:
-            rows += [(f"IoU, {name}", shown_iou(figures, name)) for name in class_names]
+        rows += rows_of_segmentation(figures, class_names)
     checkpoint = run.folder / LAST_CHECKPOINT
     rows.append(("checkpoint", os.path.relpath(checkpoint)))
     best = run.folder / BEST_CHECKPOINT
@@ -247,6 +243,24 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
     if "tensorboard" in logger_names(run.plain["logger"]):
         steps.append(f"tensorboard --logdir {shell_quoted(folder)}")
     print_next(run.console, steps)
+
+
+def rows_of_segmentation(
+    figures: Mapping[str, Any], class_names: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Return the figures of `moco.segmentation.metrics.segmentation_figures` in words.
+
+    Args:
+        figures: with others.
+        class_names: with more than `MAX_CLASSES_SHOWN` no class has a row of its own.
+    """
+    rows = []
+    for key, name in SEGMENT_FIGURES.items():
+        if key in figures:
+            rows.append((name, shown(figures[key])))
+    if len(class_names) <= MAX_CLASSES_SHOWN:
+        rows += [(f"IoU, {name}", shown_iou(figures, name)) for name in class_names]
+    return rows
 
 
 def best_in_words(run: Run) -> str:

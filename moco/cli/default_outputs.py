@@ -32,15 +32,41 @@ def features_file(checkpoint: str | Path, settings: Mapping[str, Any], folder: P
     """
     run = run_of(checkpoint)
     place = folder.parent if run is None else Path(os.path.relpath(run), "embeddings")
+    stem = f"{Path(checkpoint).stem}-{dataset_word(settings)}-{settings['split']}"
+    name = f"{stem}-{digest_of(checkpoint, settings)}"
+    return place / f"{name.replace(os.sep, '-')}.npz"
+
+
+def predictions_folder(checkpoint: str | Path, settings: Mapping[str, Any], folder: Path) -> Path:
+    """Return where the masks of a dataset go: ``predictions/`` of the checkpoint's run folder.
+
+    Args:
+        checkpoint, settings: see `features_file`.
+        folder: the run folder of ``moco.predict``; for a checkpoint in no run folder the masks are
+            beside it.
+    """
+    run = run_of(checkpoint)
+    place = folder.parent if run is None else Path(os.path.relpath(run), "predictions")
+    stem = f"{Path(checkpoint).stem}-{dataset_word(settings)}"
+    name = f"{stem}-{digest_of(checkpoint, settings)}"
+    return place / name.replace(os.sep, "-")
+
+
+def dataset_word(settings: Mapping[str, Any]) -> str:
+    """Return what to call a dataset in the name of a file: its folder, or its own name."""
     data = settings["data"]
     root = data["root"]
-    what = data["name"]
+    word = str(data["name"])
     if isinstance(root, str):
-        what = Path(os.path.abspath(root)).name or what
+        word = Path(os.path.abspath(root)).name or word
+    return word
+
+
+def digest_of(checkpoint: str | Path, settings: Mapping[str, Any]) -> str:
+    """Return eight letters that differ where the checkpoint or a setting differs."""
     everything = json.dumps([os.path.abspath(checkpoint), settings], sort_keys=True, default=str)
     digest = hashlib.sha256(everything.encode("utf-8", "surrogateescape")).hexdigest()
-    stem = f"{Path(checkpoint).stem}-{what}-{settings['split']}-{digest[:8]}"
-    return place / f"{stem.replace(os.sep, '-')}.npz"
+    return digest[:8]
 
 
 def export_file(checkpoint: str | Path, file_format: str, ending: str, folder: Path) -> Path:

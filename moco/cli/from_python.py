@@ -15,8 +15,8 @@ from omegaconf import OmegaConf, open_dict
 from moco.cli.command_line import readable_overrides
 from moco.cli.error_lines import CONFIG_ERRORS, explain_config
 from moco.cli.log_setup import StdoutHandler
-from moco.cli.preset_choice import with_preset
-from moco.cli.run_names import numbered, register_resolvers
+from moco.cli.preset_choice import PRESET_FILE, read_preset, with_preset
+from moco.cli.run_names import CUSTOM, numbered, register_resolvers
 from moco.config.parsing import CONFIG_DIR, parse, register_schema
 from moco.config.train import TrainConfig
 from moco.errors import InputError
@@ -198,6 +198,11 @@ def logged(command: str) -> Iterator[None]:
         ours.setLevel(level)
 
 
+def free(wanted: Path) -> Path:
+    """Return a path where nothing is: `wanted`, or the same name with a number."""
+    return next(path for path in numbered(wanted) if not path.exists())
+
+
 def composed(
     overrides: Sequence[str], folder: str | Path | None
 ) -> tuple[TrainConfig, Path, dict[str, str]]:
@@ -211,14 +216,15 @@ def composed(
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             whole = compose("train", list(overrides), return_hydra_config=True)
-            if folder is None:
-                names = numbered(Path(whole.hydra.run.dir))
-                folder = next(path for path in names if not path.exists())
-            folder = Path(folder)
+            is_named = folder is not None
+            folder = Path(folder) if folder is not None else free(Path(whole.hydra.run.dir))
         with open_dict(whole):
             del whole["hydra"]
         config = parse(whole, TrainConfig)
         with_its_preset, files = with_preset("train", whole, config, overrides, folder)
+        if files and not is_named and folder.parent.name == CUSTOM:
+            preset = read_preset(files[PRESET_FILE]).name
+            folder = free(folder.parent.parent / preset / folder.name)
         config = parse(with_its_preset, TrainConfig)
     except CONFIG_ERRORS as error:
         raise InputError(explain_config(error, TrainConfig)) from error

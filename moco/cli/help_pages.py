@@ -43,6 +43,7 @@ def answer_question(program: str, arguments: Sequence[str]) -> bool:
 
     Raises:
         InputError: help was asked for a word that is neither a setting nor a group.
+        HydraException: what was chosen beside the question is wrong.
     """
     asked = [argument for argument in arguments if argument in QUESTIONS]
     if not asked:
@@ -56,12 +57,15 @@ def answer_question(program: str, arguments: Sequence[str]) -> bool:
         if not word.startswith("-") and "=" not in word and not is_of_option:
             words.append(word)
     own_choices = config_dirs(arguments)
+    chosen: Sequence[str] = ()
+    if program in SCHEMAS:
+        chosen = [word for word in arguments if "=" in word and not word.startswith("-")]
     if words and program in SCHEMAS:
-        show(topic_page(program, words, own_choices))
+        show(topic_page(program, words, own_choices, chosen))
     elif "--help-all" in asked:
-        show(long_page(program, own_choices))
+        show(long_page(program, own_choices, chosen))
     else:
-        show(short_page(program, own_choices))
+        show(short_page(program, own_choices, chosen))
     return True
 
 
@@ -78,42 +82,61 @@ def version_lines() -> list[str]:
     return lines
 
 
-def short_page(program: str, folders: Sequence[Path] = (CONFIG_DIR,)) -> list[Line]:
-    """Return the page of ``--help``: the settings that matter, and where the others are."""
+def short_page(
+    program: str, folders: Sequence[Path] = (CONFIG_DIR,), chosen: Sequence[str] = ()
+) -> list[Line]:
+    """Return the page of ``--help``: the settings that matter, and where the others are.
+
+    Args:
+        program: a key of `PROGRAMS`.
+        folders: where the YAML files are.
+        chosen: overrides beside the question, such as ``experiment=quickstart``. The page shows the
+            values that they give.
+    """
     texts = {text.key: text for text in program_settings(program)}
     matter = [texts[key] for key in PROGRAMS[program].settings]
     num_settings = sum(not text.is_group for text in texts.values())
     lines = introduction(program)
     if matter:
         lines += section(
-            f"the settings that matter, with their defaults (all {num_settings}: --help-all)"
+            f"the settings that matter, {whose_values(chosen)} (all {num_settings}: --help-all)"
         )
-        lines += settings_lines(program, matter)
-        lines += groups_lines(program, folders)
+        lines += origin_of_values(program, chosen)
+        lines += settings_lines(program, matter, folders, chosen)
+        lines += groups_lines(program, folders, chosen)
     lines += closing_lines(program)
     return lines
 
 
-def long_page(program: str, folders: Sequence[Path] = (CONFIG_DIR,)) -> list[Line]:
-    """Return the page of ``--help-all``: every setting, and the choices of every group."""
+def long_page(
+    program: str, folders: Sequence[Path] = (CONFIG_DIR,), chosen: Sequence[str] = ()
+) -> list[Line]:
+    """Return the page of ``--help-all``: every setting, and the choices of every group.
+
+    The arguments are those of `short_page`.
+    """
     lines = introduction(program)
     if program in SCHEMAS:
-        lines += section("all settings, with their defaults")
-        lines += settings_lines(program, program_settings(program))
-        lines += groups_lines(program, folders)
+        lines += section(f"all settings, {whose_values(chosen)}")
+        lines += origin_of_values(program, chosen)
+        lines += settings_lines(program, program_settings(program), folders, chosen)
+        lines += groups_lines(program, folders, chosen)
     lines += closing_lines(program)
     return lines
 
 
 def topic_page(
-    program: str, words: Iterable[str], folders: Sequence[Path] = (CONFIG_DIR,)
+    program: str,
+    words: Iterable[str],
+    folders: Sequence[Path] = (CONFIG_DIR,),
+    chosen: Sequence[str] = (),
 ) -> list[Line]:
     """Return the settings and the choices that ``--help WORD`` asks for.
 
     Args:
         program: a key of `PROGRAMS`.
         words: keys such as ``data.root``, groups such as ``data``, or the last parts of keys.
-        folders: where the YAML files are.
+        folders, chosen: see `short_page`.
 
     Raises:
         InputError: a word is none of these.
@@ -134,8 +157,9 @@ def topic_page(
                 lines.append([(f"  {name}", "cyan")])
                 lines += paragraph(meaning, indent=6)
         if inside:
-            lines += section(f"{word}, with defaults")
-            lines += settings_lines(program, inside)
+            values = "with these choices" if chosen else "with defaults"
+            lines += section(f"{word}, {values}")
+            lines += settings_lines(program, inside, folders, chosen)
     return lines[1:]  # a section begins with an empty line
 
 
@@ -162,10 +186,36 @@ def command_lines(command: str) -> list[str]:
     return lines
 
 
-def settings_lines(program: str, texts: Iterable[SettingText]) -> list[Line]:
+def whose_values(chosen: Sequence[str]) -> str:
+    """Return whether the values of a page are defaults, in words."""
+    return "with these choices" if chosen else "with their defaults"
+
+
+def origin_of_values(program: str, chosen: Sequence[str]) -> list[Line]:
+    """Return where the values of a page come from, if a program has experiments."""
+    if "experiment" not in PROGRAMS[program].groups:
+        return []
+    what = " ".join(chosen) or "a run"
+    if any(override.lstrip("+").startswith("experiment=") for override in chosen):
+        return [*paragraph(f"The values are those of {what}.", indent=2), []]
+    lines = paragraph(
+        f"The values are those of {what} without an experiment. experiment=NAME --help shows those "
+        "of an experiment. data.root=DIR without an experiment takes own_images_small, "
+        "own_images_medium or own_images_large, by the number of images.",
+        indent=2,
+    )
+    return [*lines, []]
+
+
+def settings_lines(
+    program: str,
+    texts: Iterable[SettingText],
+    folders: Sequence[Path] = (CONFIG_DIR,),
+    chosen: Sequence[str] = (),
+) -> list[Line]:
     """Return the lines of settings: key, default and values, then the meaning."""
     lines: list[Line] = []
-    composed = composed_defaults(program)
+    composed = composed_values(program, folders, chosen)
     for text in texts:
         if text.is_group:
             lines += [[], [(f"  {text.key}.*", "bold")]]
@@ -208,10 +258,10 @@ def default_and_note(
     return given, ""
 
 
-def groups_lines(program: str, folders: Sequence[Path]) -> list[Line]:
+def groups_lines(program: str, folders: Sequence[Path], chosen: Sequence[str] = ()) -> list[Line]:
     """Return the config groups of the program with the names of their choices."""
     lines = section("choices: a name stands for a file of settings, as in backbone=resnet18")
-    _, defaults = composed_defaults(program)
+    _, defaults = composed_values(program, folders, chosen)
     for group in PROGRAMS[program].groups:
         names = " ".join(choices_of_group(program, group, folders))
         lines.append([(f"  {group}={defaults.get(group, '')}", "cyan")])
@@ -269,6 +319,49 @@ def composed_defaults(program: str) -> tuple[dict[str, Any], dict[str, str]]:
             settings.setdefault(key, {}).update(value)
         else:
             settings[key] = value
+    return settings, choices
+
+
+def composed_values(
+    program: str, folders: Sequence[Path], chosen: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of a program with some choices, in the form of `composed_defaults`.
+
+    Hydra composes them, which takes longer.
+
+    Args:
+        program: a key of `SCHEMAS`.
+        folders: where the YAML files are: the project's folder, then the user's.
+        chosen: overrides as they were typed.
+
+    Raises:
+        HydraException: an override is wrong.
+    """
+    if not chosen:
+        return composed_defaults(program)
+
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf, open_dict
+
+    from moco.cli.command_line import readable_overrides
+    from moco.cli.run_names import register_resolvers
+    from moco.config.parsing import register_schema
+
+    register_schema(program)
+    register_resolvers()
+    overrides = readable_overrides(chosen, SCHEMAS[program])
+    own = [f'"file://{folder.absolute()}"' for folder in folders if folder != CONFIG_DIR]
+    if own:
+        overrides.append(f"hydra.searchpath=[{','.join(own)}]")
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        whole = compose(program, overrides, return_hydra_config=True)
+    choices = {}
+    for group, choice in whole.hydra.runtime.choices.items():
+        if choice is not None:
+            choices[str(group)] = str(choice)
+    with open_dict(whole):
+        del whole["hydra"]
+    settings: Any = OmegaConf.to_container(whole, resolve=False)
     return settings, choices
 
 

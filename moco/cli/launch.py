@@ -28,14 +28,22 @@ from moco.cli.completion import answer_shell
 from moco.cli.error_lines import CONFIG_ERRORS, report
 from moco.cli.help_pages import answer_question
 from moco.cli.log_setup import set_up_logging
-from moco.cli.preset_choice import PRESET_FILE, with_preset
+from moco.cli.preset_choice import (
+    PRESET_FILE,
+    chosen_keys,
+    is_open,
+    read_preset,
+    with_kind_of_data,
+    with_preset,
+)
 from moco.cli.run_folders import check_folder
-from moco.cli.run_names import register_resolvers
+from moco.cli.run_names import register_resolvers, renamed_by_preset, takes_name_of_preset
+from moco.cli.typed_command import typed_command
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schema
 from moco.errors import InputError, Interrupted, printable
-from moco.runs.interrupts import REQUEUEING, listen_early
+from moco.runs.interrupts import ENDING, REQUEUEING, listen_early
 from moco.runs.processors import allowed_processors, fit_threads, processor_quota
-from moco.runs.run_folder import CONFIG
+from moco.runs.run_folder import CONFIG, as_override, has_checkpoint
 from moco.runs.run_status import write_ending
 from moco.runs.slurm import is_first_task, requeue, stop_signals
 
@@ -82,15 +90,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
             if is_training:
                 listen_early(stop_signals(composed.slurm.signal))
             check_folder(config, folder)
-            say_start(config_name, folder)
-            chosen_files.clear()
-            if config_name in ("train", "preview"):
-                # As typed: a value may be an interpolation of the config.
-                given = HydraConfig.get().overrides.task
-                overrides: Any = OmegaConf.to_container(given, resolve=False)
-                composed, files = with_preset(config_name, composed, config, overrides, folder)
-                chosen_files.update(files)
-                config = parse(composed, schema)
+            config, folder = begun(config_name, composed, config, folder)
             program(config, folder)
             return None
         except SystemExit:  # submitit took the scheduler's signal and queued the job again
@@ -100,7 +100,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
                 raise
             if isinstance(error, Interrupted) and OmegaConf.select(composed, "slurm.requeue"):
                 error = queued_again(error, folder)
-            return end_job(error, folder, schema)
+            return end_job(error, folder, config_name)
 
     usual_error = argparse.ArgumentParser.error
     change_hydra()
@@ -133,10 +133,51 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
     sys.exit(codes[0] if codes else 0)
 
 
+def begun(config_name: str, composed: DictConfig, config: Any, folder: Path) -> tuple[Any, Path]:
+    """Print the first line of a program, and choose what the user leaves to the images.
+
+    Args:
+        config_name: of the program.
+        composed: the config as Hydra composed it.
+        config: the same as an instance of its schema.
+        folder: the run folder.
+
+    Returns:
+        The config, and the run folder, which may have got another name.
+    """
+    chosen_files.clear()
+    # As typed: a value may be an interpolation of the config.
+    given = HydraConfig.get().overrides.task
+    overrides: Any = OmegaConf.to_container(given, resolve=False)
+    if config_name in ("pack", "stats"):
+        say_start(config_name, folder)
+        composed = with_kind_of_data(config_name, composed, config, overrides)
+        return parse(composed, SCHEMAS[config_name]), folder
+    if config_name not in ("train", "preview"):
+        say_start(config_name, folder)
+        return config, folder
+    moves = is_open(config, chosen_keys(overrides)) and takes_name_of_preset(folder)
+    if moves:
+        say_line(config_name, f"looking for images in {config.data.root}")
+    else:
+        say_start(config_name, folder)
+    composed, files = with_preset(config_name, composed, config, overrides, folder)
+    chosen_files.update(files)
+    if moves and files:
+        folder = renamed_by_preset(folder, read_preset(files[PRESET_FILE]).name)
+        say_start(config_name, folder)
+    return parse(composed, SCHEMAS[config_name]), folder
+
+
 def say_start(config_name: str, folder: Path) -> None:
-    """Print the first line of a program, before imports that take seconds."""
+    """Print the line that names the run folder, before imports that take seconds."""
+    say_line(config_name, f"run folder {os.path.relpath(folder)}")
+
+
+def say_line(config_name: str, line: str) -> None:
+    """Log a line, once for all processes."""
     if is_first_task() and os.environ.get("RANK", "0") == "0":
-        log.info("moco.%s: %s", config_name, printable(f"run folder {os.path.relpath(folder)}"))
+        log.info("moco.%s: %s", config_name, printable(line))
 
 
 def shown_with_preset(arguments: Sequence[str]) -> list[str]:
@@ -164,8 +205,9 @@ def key_of_text(override: str) -> str:
     return override.partition("=")[0].lstrip("+")
 
 
-def end_job(error: BaseException, folder: Path, schema: type) -> Failure:
+def end_job(error: BaseException, folder: Path, config_name: str) -> Failure:
     """Report the error. Exit, or return the failure if a sweep has to go on."""
+    schema = SCHEMAS[config_name]
     if isinstance(error, Interrupted) and not is_first_task():
         # The first task reports for the job. Another exit code than 0 would make srun end the
         # first task, perhaps while it saves.
@@ -176,10 +218,25 @@ def end_job(error: BaseException, folder: Path, schema: type) -> Failure:
         write_ending(folder, error)  # for the sweep's table
     elif folder.is_dir() and not any(folder.iterdir()):
         remove_empty(folder)  # Hydra made it for a run that never began
+    if isinstance(error, Interrupted) and not is_sweep:
+        print_way_on(error, folder, config_name)
     if not is_sweep or isinstance(error, (Interrupted, KeyboardInterrupt)):
         sys.exit(code)
     codes.append(code)
     return Failure(code, line)
+
+
+def print_way_on(error: Interrupted, folder: Path, config_name: str) -> None:
+    """Print the whole command that goes on with a run which the user has interrupted.
+
+    With a forgotten setting it would be another run. A job that is queued again needs no command.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if not is_first or error.signal_number not in ENDING or not has_checkpoint(folder):
+        return
+    where = as_override("hydra.run.dir", os.path.relpath(folder))
+    command = typed_command(config_name, drops={"hydra.run.dir"}, extra=[where])
+    print(f"next: {printable(command)}")
 
 
 def remove_empty(folder: Path) -> None:

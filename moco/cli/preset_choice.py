@@ -101,7 +101,7 @@ def with_preset(
     Raises:
         InputError: the images cannot be listed.
     """
-    chosen = {key_of(item) for item in parsed(overrides)}
+    chosen = chosen_keys(overrides)
     if not is_open(config, chosen):
         return composed, {}
     if program == "train":  # the images are listed after this check, as without a preset
@@ -121,9 +121,41 @@ def with_preset(
     yours = f"; your own: {', '.join(replaced)}" if replaced else ""
     log.info("preset: experiment=%s, %s%s", preset.name, reason, yours)
     if "data" not in chosen and preset.data != "images":
-        log.info("%s: taken as data=%s", printable(str(config.data.root)), preset.data)
+        say_kind(config.data.root, preset.data)
     text = yaml.safe_dump({**vars(preset), "overrides": lines}, sort_keys=False)
     return recomposed(program, [*lines, *overrides]), {PRESET_FILE: text}
+
+
+def with_kind_of_data(
+    program: str, composed: DictConfig, config: Any, overrides: Sequence[str]
+) -> DictConfig:
+    """Return the config of a program that looks at images, with the kind of data that root is.
+
+    It is that of ``moco.train``, see `kind_of`.
+
+    Args:
+        program: ``pack`` or ``stats``.
+        composed: the config as Hydra composed it.
+        config: the same as an instance of its schema.
+        overrides: of the user, as Hydra reads them.
+    """
+    if config.data.root is None or chosen_keys(overrides) & {"data", "data.name", "data.target"}:
+        return composed
+    kind = kind_of(config.data.root)
+    if kind == config.data.name:
+        return composed
+    say_kind(config.data.root, kind)
+    return recomposed(program, [f"data={kind}", *overrides])
+
+
+def say_kind(root: Any, kind: str) -> None:
+    """Log what kind of data a path is taken for."""
+    log.info("%s: taken as data=%s", printable(str(root)), kind)
+
+
+def chosen_keys(overrides: Sequence[str]) -> set[str]:
+    """Return the keys and groups that overrides set."""
+    return {key_of(item) for item in parsed(overrides)}
 
 
 def is_open(config: TrainConfig, chosen: set[str]) -> bool:
@@ -154,10 +186,15 @@ def kept_preset(config: TrainConfig, folder: Path) -> Preset | None:
     for place in places:
         path = place / ".hydra" / PRESET_FILE
         if path.is_file():
-            kept = yaml.safe_load(path.read_text())
-            del kept["overrides"]
-            return Preset(**kept)
+            return read_preset(path.read_text())
     return None
+
+
+def read_preset(text: str) -> Preset:
+    """Return the preset that the content of a `PRESET_FILE` describes."""
+    kept = yaml.safe_load(text)
+    del kept["overrides"]
+    return Preset(**kept)
 
 
 def chosen_preset(config: TrainConfig, chosen: set[str], folder: Path) -> Preset:

@@ -146,6 +146,40 @@ PROGRAMS = {
         },
         output="runs/segment/TIME/, or the folder of hydra.run.dir=PATH.",
     ),
+    "predict": ProgramText(
+        purpose="Write masks for new images, by a model of moco.segment.",
+        usage="checkpoint=RUN data.root=PATH output=FOLDER [key=value ...]",
+        examples={
+            "checkpoint=RUN data.root=/data/photos output=masks overlays=true": (
+                "Any folder of images."
+            ),
+            "checkpoint=RUN data.root=/data/scenes output=masks data.tile=512": (
+                "Rasters of any size, in windows."
+            ),
+            "checkpoint=RUN data=segmentation_folder data.root=/data/water output=masks tta=true": (
+                "Images with masks: the figures, too."
+            ),
+        },
+        settings=(
+            "checkpoint",
+            "data.root",
+            "output",
+            "inference",
+            "image_size",
+            "tta",
+            "tta_scales",
+            "overlays",
+            "probabilities",
+            "batch_size",
+            "data.num_workers",
+            "data.tile",
+            "split",
+            "accelerator",
+            "devices",
+        ),
+        groups={"data": (*IMAGES, *IMAGES_WITH_MASKS)},
+        output="masks/, classes.json and metrics.json in the folder that output= names.",
+    ),
     "embed": ProgramText(
         purpose="Write the features of any images, and an index that finds their neighbours.",
         usage="checkpoint=PATH [output=FILE.npz] [key=value ...]",
@@ -216,7 +250,7 @@ PROGRAMS = {
             "data.resize",
             "format",
             "quality",
-            "num_workers",
+            "data.num_workers",
             "check",
             "max_shard_bytes",
             "data.labels",
@@ -277,7 +311,7 @@ PROGRAMS = {
             "low",
             "high",
             "per_band",
-            "num_workers",
+            "data.num_workers",
             "output",
             "data.pages",
             "data.tile",

@@ -11,12 +11,15 @@ import itertools
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from moco.errors import InputError
@@ -26,6 +29,8 @@ from moco.runs.run_folder import LAST_CHECKPOINT
 
 # Longest name in characters. File systems allow 255 bytes, but longer names make tables unreadable.
 MAX_NAME_LENGTH = 100
+CUSTOM = "custom"
+"""In the place of the experiment's name, for a run without one: see ``conf/train.yaml``."""
 
 
 def register_resolvers() -> None:
@@ -87,6 +92,43 @@ def new_folder(wanted: Path) -> Path:
             return wanted
         return folder
     raise AssertionError("numbers do not end")
+
+
+def takes_name_of_preset(folder: Path) -> bool:
+    """Return whether a new run's folder can move from ``runs/custom`` to the name of its preset.
+
+    A folder that the user names stays where it is. So does one that other processes, or the same
+    job when it is queued again, must find: they do not wait for the images to be listed.
+    """
+    running = HydraConfig.get()
+    is_named_by_user = any(
+        key_of(item) == "hydra.run.dir" for item in parsed(running.overrides.hydra)
+    )
+    is_alone = slurm.run_name() is None and "WORLD_SIZE" not in os.environ
+    is_run = running.mode != RunMode.MULTIRUN
+    return is_run and is_alone and not is_named_by_user and folder.parent.name == CUSTOM
+
+
+def renamed_by_preset(folder: Path, preset: str) -> Path:
+    """Move ``runs/custom/TIME`` to ``runs/PRESET/TIME``, and return its new place.
+
+    Args:
+        folder: of a run that has not begun.
+        preset: name of the experiment.
+    """
+    wanted = folder.parent.parent / preset / folder.name
+    new = new_folder(wanted)
+    try:
+        folder.rename(new)  # onto the empty folder, which no other run takes
+    except OSError:
+        return folder
+    with suppress(OSError):  # other runs are in there
+        folder.parent.rmdir()
+    running: Any = HydraConfig.get()
+    with read_write(running), open_dict(running):
+        running.run.dir = os.path.relpath(new)
+        running.runtime.output_dir = str(new)
+    return new
 
 
 def run_name(otherwise: str) -> str:
@@ -166,13 +208,26 @@ def as_part(override: Override) -> str:
     return f"{key_of(override)}-{override.get_value_element_as_str()}"
 
 
+def without_folders(part: str) -> str:
+    """Return a part of a name, ``KEY-VALUE``, without the folders before the last part of a path.
+
+    The value may be a list of paths.
+    """
+    key, dash, value = part.partition("-")
+    value = re.sub(r"[^,\[\]]*/(?=[^,\[\]/])", "", value)
+    return key + dash + value
+
+
 def file_name(parts: Iterable[str]) -> str:
     """Return the sorted parts as one name that needs no quotes in an override.
 
-    A name that had to be shortened or changed ends with a hash of the whole text.
+    Of a path in it the last part stays. A name that had to be shortened or changed ends with a hash
+    of the whole text.
     """
-    text = "__".join(sorted(parts))
-    name = re.sub(r"[^\w.-]", "-", text, flags=re.ASCII)[:MAX_NAME_LENGTH]
+    parts = sorted(parts)
+    text = "__".join(parts)
+    short = "__".join(map(without_folders, parts))
+    name = re.sub(r"[^\w.-]", "-", short, flags=re.ASCII)[:MAX_NAME_LENGTH]
     if name == text:
         return name
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

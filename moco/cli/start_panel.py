@@ -95,6 +95,11 @@ def start_rows(
         ("backbone", describe_backbone(config, method)),
         ("images", describe_images(source)),
     ]
+    size = config.method.queue_size
+    if size is not None:
+        rows.append(("queue", describe_queue(config, len(source.train))))
+        if step is None:
+            rows.append(("loss", describe_loss(config, method.loss_of_chance(size))))
     if source.bank is not None and source.queries is not None:
         num_bank = len(source.bank.images)
         num_queries = len(source.queries.images)
@@ -165,6 +170,39 @@ def describe_method(config: TrainConfig) -> str:
     if method.neighbours > 0:
         parts.append(f"nearest {method.neighbours} keys of the queue as positives")
     return ", ".join(parts)
+
+
+def describe_queue(config: TrainConfig, num_images: int) -> str:
+    """Return the size of the queue, and how it stands to the images and the batch."""
+    from moco.runs.checkpoint_files import in_bytes
+
+    size = config.method.queue_size
+    assert size is not None
+    num_bytes = config.method.num_queues * size * config.method.embedding_dim * 4  # float32
+    share = "at most a tenth of the images"
+    if size > num_images // 10:
+        share = "more than a tenth of the images"
+    text = f"{size:,} keys ({in_bytes(num_bytes)}), {share}: see K in docs/recipes.md"
+    if size < config.data.batch_size:
+        text += "; it may be smaller than a batch"
+    return text
+
+
+def describe_loss(config: TrainConfig, loss_of_chance: float) -> str:
+    """Return the loss of chance, and why the first losses may be lower.
+
+    A queue holds random vectors or nothing at first. An encoder that maps all images close
+    together, as it does before training, tells its keys from random vectors at once.
+    """
+    keys_per_step = config.data.batch_size
+    if config.method.symmetric and config.method.num_queues == 1:
+        keys_per_step *= 2  # one queue gets the keys of both views
+    num_steps = -(-(config.method.queue_size or 0) // keys_per_step)
+    steps = "the first step has" if num_steps == 1 else f"the first {num_steps:,} steps have"
+    return (
+        f"{loss_of_chance:.2f} is chance; it may begin near 0 and rise, until {steps} filled the "
+        "queue with real keys"
+    )
 
 
 def describe_backbone(config: TrainConfig, method: "MoCo") -> str:

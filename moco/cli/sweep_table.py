@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from moco.errors import InputError, printable
+from moco.errors import InputError, near_path, printable
 from moco.runs.run_folder import CONFIG, METRICS
 from moco.runs.run_status import read_status, slurm_queue, state_now
 
@@ -91,7 +91,7 @@ def check_folder(folder: Path) -> None:
     if (folder / MULTIRUN).is_file():
         return
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        raise InputError(f"{folder}: no such folder{near_path(folder)}")
     message = f"{folder}: not the folder of a sweep (-m), it has no {MULTIRUN}"
     found = [*folder.rglob(MULTIRUN), *folder.parent.glob(MULTIRUN)]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)

@@ -76,8 +76,9 @@ class DisplayConfig:
     """How previews and plots show images that are not 8-bit RGB."""
 
     bands: Any = None
-    """One or three of the bands that the model gets, from 1: grey, or red, green and blue. They are
-    stretched from their 2nd to their 98th percentile. Null: the first three, or the only one."""
+    """One or three of the bands that the model gets: grey, or red, green and blue. Numbers from 1,
+    or names, as in data.bands. They are stretched from their 2nd to their 98th percentile. Null:
+    the first three, or the only one."""
 
 
 @dataclass
@@ -119,6 +120,16 @@ class PackDataConfig(ImageSourceConfig):
 
     resize: Optional[int] = setting(None, at_least=4)
     """Shorter side of the copy's images, px. Smaller images keep their size. Null: all do."""
+    num_workers: int = setting(4, at_least=0)
+    """Processes that read and encode. The copy does not depend on it."""
+
+
+@dataclass
+class StatsDataConfig(ImageSourceConfig):
+    """The images that are measured."""
+
+    num_workers: int = setting(4, at_least=0)
+    """Processes that read the images. The figures do not depend on it."""
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The settings of ``moco.pack``."""
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 from omegaconf import MISSING
 
@@ -23,7 +24,7 @@ class PackConfig:
     max_shard_bytes: int = setting(2**29, at_least=1)
     """A shard ends with the image that reaches this size. An interrupted copy goes on after its
     last complete shard."""
-    num_workers: int = setting(4, at_least=0)
-    """Processes that read and encode. The copy does not depend on it."""
+    num_workers: Optional[int] = setting(None, at_least=0)
+    """The same as data.num_workers, under its former name. Null: that decides."""
     check: bool = False
     """Write nothing. Compare a finished copy with its checksums and with the source's names."""

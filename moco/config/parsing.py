@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from moco.config.pack import PackConfig
 from moco.config.paths import resolve_paths
+from moco.config.predict import PredictConfig
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.config.stats import StatsConfig
@@ -29,6 +30,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "segment": SegmentConfig,
+    "predict": PredictConfig,
     "preview": PreviewConfig,
     "embed": EmbedConfig,
     "pack": PackConfig,

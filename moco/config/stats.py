@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from moco.config.data import ImageSourceConfig
+from moco.config.data import StatsDataConfig
 from moco.config.settings import setting
 
 
@@ -11,7 +11,7 @@ from moco.config.settings import setting
 class StatsConfig:
     """Everything that ``python -m moco.stats`` can be told."""
 
-    data: ImageSourceConfig = field(default_factory=ImageSourceConfig)
+    data: StatsDataConfig = field(default_factory=StatsDataConfig)
     low: float = setting(0.1, at_least=0, below=50)
     """Percentile of the values that data.value_range maps to 0. A band whose values are never
     negative starts at 0 if this percentile is near 0."""
@@ -19,7 +19,7 @@ class StatsConfig:
     """Percentile of the values that data.value_range maps to 1."""
     per_band: bool = False
     """Propose a value range for each band. By default all bands share one."""
-    num_workers: int = setting(4, at_least=0)
-    """Processes that read the images. The figures do not depend on it."""
+    num_workers: Optional[int] = setting(None, at_least=0)
+    """The same as data.num_workers, under its former name. Null: that decides."""
     output: Optional[str] = None
     """Where the figures are written as JSON. Null: stats.json in the run folder."""

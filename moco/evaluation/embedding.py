@@ -361,7 +361,8 @@ def summary(
     """
     data = settings["data"]
     num_images, width = parts.shape
-    images = f"{num_images:,}, {settings['split']} of {data['name']}, {data['image_size']} px"
+    images = f"{num_images:,} of data={data['name']} (split={settings['split']})"
+    images += f", {data['image_size']} px"
     arrays = f"features {parts.shape}, names {(num_images,)}"
     if has_labels:
         arrays += f", labels {(num_images,)}"

@@ -12,7 +12,7 @@ from rich.table import Table
 from moco.data.augment.views import ViewPair, foreign_code
 from moco.data.loading.loaders import PairMaker
 from moco.errors import printable
-from moco.evaluation.collapse import collapse_of
+from moco.evaluation.collapse import EARLY_STEPS, Collapse, collapse_of
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures
 from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.subject import Subject, table_of
@@ -43,7 +43,7 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
     """Measure the features and embeddings of plain images, and of augmented views of some images.
 
     The views are made by the augmentation of the checkpoint's run. A collapse of the embeddings is
-    logged as a warning.
+    logged as a warning, unless the run has hardly begun.
     """
     backbone = features["backbone"].features
     embeddings = None
@@ -75,8 +75,27 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
         std, rank = figures["label_free/embedding_std"], figures["label_free/rank_me"]
         collapse = collapse_of(std, rank, (min(shape[0], MOST_ROWS), shape[1]))
         if collapse:
-            log.warning("%s: %s", *collapse)
+            say_collapse(collapse, subject.num_steps)
     return LabelFree(figures, [figures_table(figures, backbone.shape, shape)], views)
+
+
+def say_collapse(collapse: Collapse, num_steps: int) -> None:
+    """Log a collapse as a warning, or that it is too early where the training has hardly begun.
+
+    Args:
+        collapse: what the embeddings show.
+        num_steps: optimizer steps of the checkpoint; 0 if it does not say them.
+    """
+    if 0 < num_steps < EARLY_STEPS:
+        log.info(
+            "too early to tell: the checkpoint is of step %d, and %s. In the first %d steps "
+            "healthy runs are near that, too; if it is still so later, it is a collapse",
+            num_steps,
+            collapse.sign,
+            EARLY_STEPS,
+        )
+        return
+    log.warning("%s: %s", collapse.name, collapse.in_words())
 
 
 def code_of_pair(subject: Subject) -> list[str]:
@@ -129,14 +148,15 @@ def figures_table(
         features: (images, feature_dim), the shape of the features.
         embeddings: (images, embedding_dim), the shape of the embeddings; None if there are none.
     """
-    expected = {"feature_rank_me": f"at most {min(features)}"}
+    expected = {"feature_rank_me": f"at most {min(features)}, higher is often better"}
     if embeddings is not None:
         expected |= {
-            "rank_me": f"at most {min(embeddings)}",
-            "lidar": f"at most {min(embeddings[1], MOST_VIEWED)}",
-            "embedding_std": f"{1 / math.sqrt(embeddings[1]):.4f} if spread out",
+            "rank_me": f"at most {min(embeddings)}, higher is often better",
+            "lidar": f"at most {min(embeddings[1], MOST_VIEWED)}, higher is often better",
+            "embedding_std": f"0: all equal, {1 / math.sqrt(embeddings[1]):.4f}: spread out",
             "uniformity": "0: all in one place, -4: spread out",
-            "alignment": "0: views are equal, 2: unrelated",
+            # A run's own figure is of the training, see docs/evaluation.md.
+            "alignment": "0: equal views, 2: unrelated; a run's own has two encoders",
         }
     title = f"without labels, of {features[0]:,} images"
     rows = []

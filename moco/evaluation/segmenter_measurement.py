@@ -248,17 +248,3 @@ def check_same_classes(there: Sequence[str], here: Sequence[str], origin: str) -
             )
     if here and len(here) != len(there):
         raise InputError(f"{origin}: {len(here)} classes, but the model learned {len(there)}")
-
-
-def rebuilt_segmenter(hyper_parameters: dict[str, Any], state: dict[str, Any]) -> Segmenter:
-    """Return the model of a checkpoint of moco.segment.
-
-    Raises:
-        InputError: its weights do not fit its own hyperparameters.
-    """
-    try:
-        segmenter = Segmenter(**hyper_parameters)
-        segmenter.load_state_dict(state)
-    except (TypeError, RuntimeError, KeyError) as error:
-        raise InputError(f"its weights do not fit its own hyperparameters ({error})") from error
-    return segmenter

@@ -118,6 +118,8 @@ class Subject:
     pair: dict[str, Any] = field(default_factory=dict)
     """``query`` and ``key``: the operations of the run's two views; empty if the checkpoint does
     not name them."""
+    num_steps: int = 0
+    """Optimizer steps of the checkpoint; 0 if it does not say them."""
 
     @cached_property
     def source(self) -> DataSource:

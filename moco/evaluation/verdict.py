@@ -108,9 +108,9 @@ def judge(looks: Sequence[Look], baselines: Baselines, *, is_last: bool = False)
     if collapse is not None:
         answers.append(NO)
         what = "are nearly the same"
-        if collapse[0] == DIMENSIONAL_COLLAPSE:
+        if collapse.name == DIMENSIONAL_COLLAPSE:
             what = "differ in few dimensions only"
-        reasons.append(f"the embeddings {what} ({collapse[0].lower()})")
+        reasons.append(f"the embeddings {what} ({collapse.name.lower()})")
 
     answer, reason = judge_loss(looks, is_early=is_early)
     answers.append(answer)

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from moco.errors import Interrupted
+from moco.phases import about
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ REQUEUEING = (signal.SIGUSR1, signal.SIGUSR2)
 
 PARTS_KEPT = "the parts that are whole are kept; the same command goes on there"
 """What becomes of a program's work in parts, such as the features of a dataset."""
+LONG_STEP = 1.0
+"""From this time on, seconds, a step's end is worth an announcement."""
 BEFORE_TRAINING = "before training began; nothing to save"
 came_early: list[int] = []
 """Scheduler's signals that came before any `StopRequest`.
@@ -44,6 +47,8 @@ class StopRequest:
     def __init__(self, signals: Sequence[int] = ENDING) -> None:
         self.signals = tuple(signals)
         self.signal_number: int | None = None
+        self.seconds_per_step: float | None = None
+        """Of the latest step, with its wait for data; None before the second step."""
         self._is_ending = False
 
     def __bool__(self) -> bool:
@@ -104,11 +109,19 @@ class StopRequest:
                 # Not KeyboardInterrupt: Lightning would turn that into exit code 1.
                 raise Interrupted(number, "at once, without a checkpoint of this step")
             self._is_ending = True
-            advice = "; once more to stop without a checkpoint"
+            again = "Ctrl-C again" if number == signal.SIGINT else "once more"
+            advice = f"; {again} ends without a checkpoint"
         elif self.wants_requeue:
             return
         self.request(number)
-        log.warning("%s: stopping after this step%s", signal.Signals(number).name, advice)
+        name = signal.Signals(number).name
+        log.warning("%s: stopping after this step%s%s", name, self._step_time(), advice)
+
+    def _step_time(self) -> str:
+        """Return how long a step takes, in words, or nothing."""
+        if self.seconds_per_step is None or self.seconds_per_step < LONG_STEP:
+            return ""
+        return f" (a step takes about {about(self.seconds_per_step)})"
 
 
 def listen_early(signals: Iterable[int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from moco.errors import InputError, PeerLost
+from moco.errors import InputError, Interrupted, PeerLost
 from moco.runs.atomic_files import remove_half_written, write_atomically
 from moco.runs.config_changes import completed, differences
 from moco.runs.folder_lock import locked
@@ -142,7 +142,8 @@ def claimed(
         except PeerLost:
             raise  # the process that watches all others knows the reason, and writes it
         except BaseException as error:
-            write_to_log_files(f"ended: {str(error) or type(error).__name__}")
+            how = "interrupted" if isinstance(error, Interrupted) else "ended"
+            write_to_log_files(f"{how}: {str(error) or type(error).__name__}")
             write_ending(folder, error)
             raise
         write_to_log_files("finished")

@@ -3,5 +3,6 @@
 Others may take `build_segmentation_source` (mask_sources), `MaskedImages` (masked_images),
 `LabelDraw` (label_draw), the loaders of `mask_batches`, `Segmenter` (segmenter), `SegmentationLoss`
 (pixel_losses), `SegmentationData` (segmentation_data), `predicted_logits` and `predicted_classes`
-(inference), and what is in `metrics`.
+(inference), and what is in `metrics`; and for new images `PixelClassifier` (pixel_classifier),
+`ImageSegmenter` (image_segmenter), `MaskPass` (mask_prediction) and `MaskFolder` (mask_files).
 """

@@ -108,7 +108,7 @@ class HardwareFit(pl.Callback):
                 "trainer.accumulate_grad_batches=1"
             )
         threads = torch.get_num_threads()
-        device = f"CPU, {threads} threads"
+        device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
         if threads == 1:
             device = "CPU, 1 thread"
         if self.device.type == "cuda":

@@ -46,6 +46,21 @@ def test_neighbors_are_shown_with_their_own_images_also_after_an_unreadable_one(
     assert drawn[MARGIN, MARGIN, 0] == drawn[MARGIN, FIRST_NEIGHBOR, 0] == level
 
 
+def test_images_without_labels_have_their_names_below(embedded, monkeypatch):
+    none = embedded._replace(labels=np.full(39, -1))
+    figure = neighbors_plot(
+        none, none, np.array([5]), np.array([[0.9991, 0.5]]), np.array([[5, 20]])
+    )
+    captions = [text.get_text() for text in figure.texts]
+    assert captions == ["query\ngreys[6]", "0.999\ngreys[6]", "0.500\ngreys[21]"]
+    names = {6: "a/Größe $1 20260101_120000.jpg", 21: "b/写真.jpg"}
+    monkeypatch.setattr(ArrayImages, "name", lambda images, index: names[index])
+    assert none.shown_name(5) == "…101_120000.jpg"
+    assert none.shown_name(20) == "image 21"
+    names[6] = "a/Größe $1.jpg"
+    assert none.shown_name(5) == r"Größe \$1.jpg"
+
+
 def test_plots_come_every_so_many_epochs_wherever_the_measurements_are():
     plots = FeaturePlots(10, 0)
     due = [epoch for epoch in range(4, 45, 4) if plots.is_due(epoch, epoch - 4)]

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from moco import __version__, sweep, train
@@ -110,6 +111,31 @@ def test_a_word_after_help_asks_for_a_setting_a_group_or_a_name():
     assert "  quickstart\n" in page
     with pytest.raises(InputError, match=r"unknown key 'method.tempersture'; did you mean"):
         topic_page("train", ["method.tempersture"])
+
+
+def test_help_beside_an_experiment_shows_its_values(capsys, tmp_path):
+    assert answer_question("train", ["experiment=quickstart", "data.batch_size=32", "--help"])
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 80
+    assert "  The values are those of experiment=quickstart data.batch_size=32.\n" in page
+    assert "\n  data.batch_size=32 " in page
+    assert "\n  trainer.max_epochs=60 " in page
+    assert "\n  experiment=quickstart\n" in page
+    assert "\n  backbone=resnet_tiny\n" in page
+    assert answer_question("train", ["--help"])
+    page = capsys.readouterr().out
+    assert "those of a run without an experiment. experiment=NAME --help shows those" in " ".join(
+        page.split()
+    )
+    # A user's own file of an experiment.
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\n# Mine.\nmethod: {temperature: 0.3}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    arguments = ["experiment=mine", f"--config-dir={tmp_path}", "--help", "method.temperature"]
+    assert answer_question("train", arguments)
+    assert "method.temperature=0.3" in capsys.readouterr().out
+    with pytest.raises(HydraException, match="nowhere"):
+        answer_question("train", ["experiment=nowhere", "--help"])
 
 
 def test_what_has_to_be_given_and_what_a_file_holds_is_said():

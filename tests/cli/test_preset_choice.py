@@ -1,13 +1,23 @@
 """`moco.train data.root=DIR` alone: what DIR is, which preset trains on it, and what wins over it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from moco.cli import build_pretraining, preset_choice
-from moco.cli.preset_choice import PRESET_FILE, Preset, kind_of, preset_overrides, with_preset
+from moco.cli import build_pretraining, from_python, preset_choice
+from moco.cli.preset_choice import (
+    PRESET_FILE,
+    Preset,
+    kind_of,
+    preset_overrides,
+    with_kind_of_data,
+    with_preset,
+)
+from moco.config.pack import PackConfig
 from moco.config.parsing import parse
+from moco.config.stats import StatsConfig
 from moco.config.train import PreviewConfig, TrainConfig
 from tests.cli.test_config import composed as parsed_config
 
@@ -40,6 +50,17 @@ def test_the_number_of_images_picks_the_preset(
     assert config.data.image_size == 224
     assert (config.method.queue_size, config.data.batch_size) == (queue, batch)
     assert f"for {number:,} images, since no experiment was chosen" in caplog.messages[0]
+
+
+def test_a_run_from_python_is_in_the_folder_of_its_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = SimpleNamespace(train=range(100), image_size=224)
+    monkeypatch.setattr(build_pretraining, "listed_source", lambda *_, **__: source)
+    monkeypatch.setattr(preset_choice, "check_pretraining", lambda *_: None)
+    _, folder, _ = from_python.composed(["data.root=pics"], None)
+    assert folder.parts[:2] == ("runs", "own_images_small")
+    _, folder, _ = from_python.composed(["data.root=pics"], "here")
+    assert folder == Path("here")
 
 
 def test_what_the_user_chooses_wins_key_by_key(tmp_path, monkeypatch):
@@ -102,6 +123,20 @@ def test_every_line_of_a_preset_is_an_override(size):
     lines = preset_overrides(Preset("image_folder", size, 10**6, 224), set())
     whole = parsed_config(f"+experiment=own_images_{size}", "data=image_folder", "data.root=x")
     assert parsed_config(*lines, "data.root=x") == whole
+
+
+@pytest.mark.parametrize(("program", "schema"), [("pack", PackConfig), ("stats", StatsConfig)])
+def test_other_programs_find_the_same_kind_of_data(program, schema, tmp_path):
+    def kind(*overrides):
+        config = parsed_config(*overrides, name=program, schema=schema)
+        whole = with_kind_of_data(program, None, config, overrides)
+        return None if whole is None else whole.data.name
+
+    own = ["output=x"] if program == "pack" else []
+    assert kind("data.root=x.npz", *own) == "npz"
+    assert kind(f"data.root={tmp_path}", *own) is None  # data=images, as before
+    assert kind("data=images", "data.root=x.npz", *own) is None
+    assert kind(*own) is None
 
 
 def test_the_kind_of_data_is_found_where_it_is_certain(tmp_path):

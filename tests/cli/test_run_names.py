@@ -3,11 +3,20 @@
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from moco.cli.launch import remove_empty
 from moco.cli.run_folders import check_folder
-from moco.cli.run_names import is_named_by_time, new_folder
+from moco.cli.run_names import (
+    is_named_by_time,
+    job_name,
+    new_folder,
+    renamed_by_preset,
+    sweep_name,
+    takes_name_of_preset,
+)
 from moco.config.pretrained import EvaluateConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError
@@ -33,6 +42,33 @@ def test_only_folders_with_a_time_in_their_name_get_numbers(monkeypatch):
     assert not named("runs/mine")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not named("runs/custom/${run_name:${now:%H}}")
+
+
+def test_a_new_run_moves_to_the_name_of_its_preset(tmp_path, monkeypatch):
+    for name in ("WORLD_SIZE", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    plain = {"run": {"dir": "x"}, "runtime": {"output_dir": "x"}, "overrides": {"hydra": []}}
+    running = OmegaConf.create({**plain, "mode": RunMode.RUN})
+    monkeypatch.setattr(HydraConfig, "get", lambda: running)
+    folder = tmp_path / "runs" / "custom" / "now"
+    folder.mkdir(parents=True)
+    (folder / "images.npz").write_text("")
+    others = tmp_path / "runs" / "own_images_small" / "now"
+    others.mkdir(parents=True)
+    assert takes_name_of_preset(folder)
+    assert not takes_name_of_preset(others)
+    OmegaConf.set_readonly(running, True)
+    new = renamed_by_preset(folder, "own_images_small")
+    assert new == others.with_name("now_2")
+    assert (new / "images.npz").exists()
+    assert not folder.parent.exists()
+    assert running.runtime.output_dir == str(new)
+    OmegaConf.set_readonly(running, False)
+    running.overrides.hydra = ["hydra.run.dir=runs/custom/mine"]
+    assert not takes_name_of_preset(folder)
+    running.overrides.hydra = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not takes_name_of_preset(folder)
 
 
 def test_a_run_does_not_write_into_what_it_reads(tmp_path, monkeypatch):
@@ -61,6 +97,22 @@ def test_an_evaluation_does_not_overwrite_the_run_of_its_checkpoint(tmp_path):
     with pytest.raises(InputError, match="is the run of checkpoint="):
         check_folder(config, run)
     check_folder(config, run / "evaluation")
+
+
+def test_of_a_path_the_last_part_is_in_the_name_of_a_sweep_and_the_names_differ():
+    overrides = [
+        "method.temperature=0.1,0.2",
+        'data.root="/tmp/data/Fotos Überblick"',
+    ]
+    name = sweep_name(overrides)
+    assert name.startswith("data.root-Fotos--berblick-__method.temperature__")
+    names = {
+        job_name([f"data.root={root}"], ["data.root"])
+        for root in ("/a/b/train", "/a/c/train", "[/a/x,/b/y]", "train", "/a/b/train/")
+    }
+    assert len(names) == 5
+    assert "data.root-train" in names
+    assert max(map(len, names)) < 35
 
 
 def test_only_empty_folders_inside_runs_go_with_a_run_that_never_began(tmp_path, monkeypatch):

@@ -11,7 +11,14 @@ from rich.console import Console
 
 from moco.cli import start_panel
 from moco.cli.preset_choice import PRESET_FILE
-from moco.cli.start_panel import chosen_names, describe_images, describe_steps, print_start
+from moco.cli.start_panel import (
+    chosen_names,
+    describe_images,
+    describe_loss,
+    describe_queue,
+    describe_steps,
+    print_start,
+)
 from moco.config.train import TrainConfig
 from moco.data.sources.source import ArrayImages, DataSource
 
@@ -58,6 +65,23 @@ def test_steps_are_those_of_the_run():
     config.trainer.max_steps = 500
     expected = "93 an epoch x 12 epochs = 1,116, ended by trainer.max_steps=500; 40 are done"
     assert describe_steps(config, 6_000, 40) == expected
+
+
+def test_the_queue_says_why_it_is_small_and_why_the_loss_begins_low():
+    config = TrainConfig()
+    config.data.batch_size, config.method.queue_size = 128, 32
+    assert describe_queue(config, 512) == (
+        "32 keys (16 kB), at most a tenth of the images: see K in docs/recipes.md; it may be "
+        "smaller than a batch"
+    )
+    assert "until the first step has filled the queue" in describe_loss(config, 3.5)
+    config.method.queue_size = 65_536
+    assert describe_queue(config, 512) == (
+        "65,536 keys (34 MB), more than a tenth of the images: see K in docs/recipes.md"
+    )
+    config.method.symmetric = True
+    assert "3.50 is chance; it may begin near 0" in describe_loss(config, 3.5)
+    assert "until the first 256 steps have filled the queue" in describe_loss(config, 3.5)
 
 
 def test_the_names_of_choices_are_the_presets_where_it_chose():

@@ -170,15 +170,15 @@ def test_a_collapse_is_a_warning_by_the_thresholds_of_the_watch():
     shape = (5000, 100)
     assert collapse_of(0.05, 40, shape) is None
     assert collapse_of(0.008, 5.1, shape) is None
-    name, words = collapse_of(0.006, 1, shape)
-    assert name == "COLLAPSED"
-    assert words.startswith(
+    collapse = collapse_of(0.006, 1, shape)
+    assert collapse.name == "COLLAPSED"
+    assert collapse.in_words().startswith(
         "all embeddings are nearly the same (standard deviation 0.00600, "
         "spread out it would be 0.10000)."
     )
-    name, words = collapse_of(0.05, 4.9, shape)
-    assert name == "DIMENSIONAL COLLAPSE"
-    assert words.startswith(
+    collapse = collapse_of(0.05, 4.9, shape)
+    assert collapse.name == "DIMENSIONAL COLLAPSE"
+    assert collapse.in_words().startswith(
         "the embeddings differ in few dimensions only (effective rank 4.9 of 100)."
     )
     # The rank of a few images says nothing.
@@ -192,6 +192,12 @@ def test_a_constant_encoder_is_warned_of_and_drawn(evaluated, small, checkpoint,
     for name, tensor in held["state_dict"].items():
         if name.startswith("query_encoder.backbone") and tensor.ndim == 4:
             tensor.zero_()
+    held["global_step"] = 50
+    torch.save(held, path)
+    logged = evaluated(small, path=path)[2]
+    assert "too early to tell: the checkpoint is of step 50, and all embeddings are" in logged
+    assert "COLLAPSED" not in logged
+    held["global_step"] = 1000
     torch.save(held, path)
     assert "COLLAPSED" in evaluated(small, path=path)[2]
     assert sorted(plots_in(evaluated.folder / "report")) == NAMES

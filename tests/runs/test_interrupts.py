@@ -1,5 +1,6 @@
 """Ctrl-C and termination of the real program: a checkpoint, an exit code, the same bits."""
 
+import shlex
 import signal
 import sys
 
@@ -37,13 +38,13 @@ def interrupt_group(folder, arguments, number, tmp_path):
     """Send a signal to the program and all its processes in the middle of an epoch, as Ctrl-C does.
 
     Returns:
-        The exit code and the errors' text.
+        The exit code, the errors' text and the last line of the output.
     """
     with start_training(folder, *arguments, cwd=tmp_path) as program:
         program.wait_for_output("epoch    2/")
         program.signal_group(number)
         code = program.wait()
-        return code, program.errors()
+        return code, program.errors(), program.output().splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -63,10 +64,15 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(
         f"data.engine={engine}",
         "trainer.accumulate_grad_batches=2",
     ]
-    code, errors = interrupt_group("parts", arguments, number, tmp_path)
+    code, errors, last_line = interrupt_group("parts", arguments, number, tmp_path)
     assert code == 128 + number, errors
     assert errors.startswith("interrupted: in epoch ")
     assert "saved " in errors
+    # The whole command, so that no setting is forgotten.
+    assert last_line.startswith("next: python -m moco.train +experiment=quickstart ")
+    assert set(map(shlex.quote, [*SETTINGS, *arguments, "hydra.run.dir=parts"])) < set(
+        last_line.split()
+    )
     epochs = last(tmp_path / "parts")["global_step"] // EPOCH + 2  # the program had two fewer
     length = f"trainer.max_epochs={epochs}"
     config = runner.config(*SETTINGS, *arguments, length)

@@ -177,6 +177,17 @@ def test_the_schedulers_signal_counts_more_than_a_sigterm_before_it(same_signals
         assert stop.signal_number == signal.SIGUSR2
 
 
+def test_a_stop_says_how_long_a_step_takes(same_signals, caplog):
+    for seconds, words in ((None, ""), (0.2, ""), (23.4, " (a step takes about 23 s)")):
+        caplog.clear()
+        with StopRequest() as stop:
+            stop.seconds_per_step = seconds
+            signal.raise_signal(signal.SIGINT)
+        assert caplog.messages == [
+            f"SIGINT: stopping after this step{words}; Ctrl-C again ends without a checkpoint"
+        ]
+
+
 def test_a_stop_can_be_asked_for_by_another_process(same_signals):
     stop = StopRequest()
     stop.request(signal.SIGTERM)

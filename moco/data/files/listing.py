@@ -37,7 +37,7 @@ from moco.data.files.written_files import (
     is_written_file,
     is_written_folder,
 )
-from moco.errors import InputError, printable
+from moco.errors import InputError, near_path, printable
 from moco.extras import install_command
 from moco.phases import counted, phase
 
@@ -351,7 +351,7 @@ def first_kinds(named: Sequence[str]) -> str:
 def check_folder(root: str) -> None:
     """Raise InputError if there is no such folder."""
     if not os.path.isdir(root):
-        raise InputError(f"data.root={root}: no such folder")
+        raise InputError(f"data.root={root}: no such folder{near_path(root)}")
 
 
 def list_folders(root: str, kinds: Mapping[str, str | None]) -> tuple[list[Folder], bool]:

@@ -26,6 +26,7 @@ FOLDERS = (
     {".hydra", "status.json"},
     {"metrics.json", "confusion.npz"},  # moco.evaluate
     {"index.json", "index.npz"},  # a packed copy
+    {"predict.json", "classes.json"},  # moco.predict
 )
 """Names that tell a folder that the programs wrote."""
 NAMES_OF_FOLDERS = frozenset().union(*FOLDERS)

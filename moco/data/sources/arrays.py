@@ -16,7 +16,7 @@ from moco.data.sources.source import (
     Labelled,
     warn_of_missing_classes,
 )
-from moco.errors import InputError, printable
+from moco.errors import InputError, near_path, printable
 
 NPZ_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 NUM_DIGITS_TO_TRAIN_ON = 1437  # of 1,797
@@ -63,7 +63,7 @@ def npz_source(root: str) -> DataSource:
         InputError: the file is missing or damaged, or an array does not have this form.
     """
     if not Path(root).is_file():
-        raise InputError(f"data.root={root}: no such file")
+        raise InputError(f"data.root={root}: no such file{near_path(root)}")
     try:
         arrays, present = read_arrays(root, NPZ_ARRAYS)
     except DAMAGED as error:

@@ -72,7 +72,7 @@ def folder_source(
         listed_files, roots, max_image_pixels, band_files, bands, tile
     )
     images = images_of(files)
-    log_start(roots, len(images), listed_files)
+    log_start(roots, f"{len(images):,} images", listed_files)
     if labels is None:
         return DataSource(images, None, None, IMAGE_SIZE)
     names = names_below(files, roots)
@@ -210,7 +210,8 @@ def class_folder_source(
     for files, of_files in sides:
         made.append(Side(files, of_files, images_of(files), images_of))
     train = made[0]
-    log_start([root], len(train.images), listed_files)
+    kind = "training images" if len(made) > 1 else "images"
+    log_start([root], f"{len(train.images):,} {kind}", listed_files)
     log_classes(train.labels.class_names)
     if split.train is None:
         return divided(train, names_below(train.files, [root]), held_out)
@@ -291,10 +292,13 @@ def divided(side: Side, names: Sequence[str], held_out: float) -> DataSource:
     return DataSource(side.images, bank, queries, IMAGE_SIZE)
 
 
-def log_start(roots: Sequence[str], num_images: int, files: Listing) -> None:
-    """Log how many images are trained on, and of what files."""
+def log_start(roots: Sequence[str], images: str, files: Listing) -> None:
+    """Log how many images there are, and what files.
+
+    Programs that do not train list them, too.
+    """
     where = printable(", ".join(roots))
-    log.info("%s: %s images to train on; %s", where, f"{num_images:,}", files.describe())
+    log.info("%s: %s; %s", where, images, files.describe())
 
 
 def log_classes(class_names: Sequence[str] | None) -> None:

@@ -29,7 +29,7 @@ from moco.data.sources.label_files import (
 from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Images
-from moco.errors import InputError, printable
+from moco.errors import InputError, near_path, printable
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def groups_by_table(names: Sequence[str], path: str) -> list[str | None]:
     """
     where = f"data.group.csv={path}"
     if not os.path.isfile(path):
-        raise InputError(f"{where}: no such file")
+        raise InputError(f"{where}: no such file{near_path(path)}")
     # The tiles and the pages of a file have its group.
     file_of_image = [PART_OF_FILE.sub("", name) for name in names]
     files = list(dict.fromkeys(file_of_image))

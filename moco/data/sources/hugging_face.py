@@ -13,7 +13,7 @@ import numpy as np
 from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.label_sets import is_matrix_of_classes, shared_numbers
 from moco.data.sources.source import DataSource, Images, Labelled, warn_of_missing_classes
-from moco.errors import InputError, printable, said
+from moco.errors import InputError, near_path, printable, said
 from moco.extras import install_command
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ def load_splits(root: str) -> dict[str, Any]:
     except ImportError as error:
         raise InputError(f"data=hf needs another package: {install_command('hf')}") from error
     if not Path(root).is_dir():
-        raise InputError(f"data.root={root}: no such folder")
+        raise InputError(f"data.root={root}: no such folder{near_path(root)}")
     try:
         found = datasets.load_from_disk(root)
     except Exception as error:  # its parsers and Arrow's raise nearly anything on damaged folders

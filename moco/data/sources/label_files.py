@@ -20,7 +20,7 @@ from moco.data.files.formats import FORMAT_OF_ENDING
 from moco.data.files.listing import ending_of
 from moco.data.files.text_files import read_text
 from moco.data.sources.label_sets import numbered_sets
-from moco.errors import InputError, printable
+from moco.errors import InputError, near_path, printable
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,9 @@ def find_file(path: str, root: str) -> str:
     for candidate in (path, os.path.join(root, path)):
         if os.path.isfile(candidate):
             return candidate
-    raise InputError(f"data.labels={path}: no such file, also not in {printable(root)}")
+    raise InputError(
+        f"data.labels={path}: no such file, also not in {printable(root)}{near_path(candidate)}"
+    )
 
 
 class ImageFinder:

@@ -323,7 +323,7 @@ def settle_values(
             None: 0 to 255 for 8-bit images.
         nodata: the value of pixels without data; None: what the files say.
         mean: what pixels without data become, from 0 to 1: for each band, or one number.
-        display: one or three bands of the result, from 1, that plots show.
+        display: one or three bands of the result that plots show: numbers from 1, or names.
         command: the settings with which moco.stats reads these images, for messages.
 
     Raises:
@@ -345,7 +345,8 @@ def settle_values(
     if value_range is None and dtype == np.uint8:
         value_range = UINT8_RANGE
     is_plain = dtype == np.uint8 and num_bands == RGB_BANDS and nodata is None
-    shown = checked_display(display, num_bands)
+    names = names_of_bands(selection, alike[0][1])
+    shown = checked_display(display, num_bands, names)
     if is_plain and tuple(value_range) == UINT8_RANGE:
         return PixelValues(num_bands, dtype, selection, display=shown)
     decoded = decoded_sample(alike, selection)
@@ -379,22 +380,52 @@ def checked_selection(bands: Any) -> tuple[int | str, ...] | None:
     return tuple(chosen)
 
 
-def checked_display(display: Any, bands: int) -> tuple[int, ...] | None:
-    """Return the setting ``preview.bands`` as a tuple.
+def names_of_bands(selection: Sequence[int | str] | None, image: EncodedImage) -> tuple[str, ...]:
+    """Return the names of the bands that the model gets; empty where the files have none.
+
+    Args:
+        selection: the bands that are taken; None: all. They are in the image.
+        image: one of the dataset.
+    """
+    there = image.band_names
+    if selection is None:
+        return tuple(there or ())
+    names = []
+    for chosen in selection:
+        if isinstance(chosen, str):
+            names.append(chosen)
+        elif there:
+            names.append(there[chosen - 1])
+    return tuple(names) if len(names) == len(selection) else ()
+
+
+def checked_display(display: Any, bands: int, names: Sequence[str] = ()) -> tuple[int, ...] | None:
+    """Return the setting ``preview.bands`` as numbers from 1.
+
+    Args:
+        display: the setting: numbers, or names.
+        bands: the number of bands that the model gets.
+        names: their names; empty if they have none.
 
     Raises:
         InputError: it is no list of one or three of the bands.
     """
     if display is None:
         return None
-    chosen = as_list(display)
-    is_valid = len(chosen) in (1, RGB_BANDS)
-    for band in chosen:
-        is_valid = is_valid and isinstance(band, int) and 1 <= band <= bands
-    if not is_valid:
+    chosen = []
+    for band in as_list(display):
+        if isinstance(band, str) and band in names:
+            chosen.append(list(names).index(band) + 1)
+        elif isinstance(band, int) and 1 <= band <= bands:
+            chosen.append(band)
+        else:
+            chosen = []  # no such band
+            break
+    if len(chosen) not in (1, RGB_BANDS):
+        named = f" or names ({', '.join(names)})" if names else ""
         raise InputError(
-            f"preview.bands={display}: expected one or three numbers from 1 to {bands}, the bands "
-            "that the model gets"
+            f"preview.bands={display}: expected one or three numbers from 1 to {bands}{named}, the "
+            "bands that the model gets"
         )
     return tuple(chosen)
 

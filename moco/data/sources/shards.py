@@ -23,7 +23,7 @@ from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
-from moco.errors import InputError, printable, said
+from moco.errors import InputError, near_path, printable, said
 from moco.extras import install_command
 from moco.phases import counted
 
@@ -191,7 +191,9 @@ def shards_of_pattern(pattern: str) -> list[str]:
         return shards_of_folder(pattern)
     found = sorted(glob.glob(pattern))
     if not found:
-        what = "no file matches" if glob.has_magic(pattern) else "no such file"
+        what = f"no such file{near_path(pattern)}"
+        if glob.has_magic(pattern):
+            what = "no file matches"
         raise InputError(f"data.root={pattern}: {what}")
     return found
 

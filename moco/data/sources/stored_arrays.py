@@ -26,7 +26,7 @@ from moco.data.sources.source import (
     StoredLayout,
     stored_layout,
 )
-from moco.errors import InputError, printable, unknown_name
+from moco.errors import InputError, near_path, printable, unknown_name
 from moco.extras import install_command
 
 NPY_START = b"\x93NUMPY"
@@ -220,7 +220,7 @@ def stored_source(
     """
     where = f"data.root={printable(root)}"
     if not os.path.exists(root):
-        raise InputError(f"{where}: no such file")
+        raise InputError(f"{where}: no such file{near_path(root)}")
     try:
         arrays = dict(sorted(file.arrays().items()))
     except Exception as error:  # each library raises what it likes on a damaged file

@@ -8,6 +8,7 @@ from PIL import Image
 from moco.data.sources.source import Labelled
 from moco.errors import printable
 from moco.evaluation.reports.plots import (
+    LINE,
     LONGEST_NAME,
     RIGHT,
     WRONG,
@@ -26,6 +27,10 @@ NUM_NEIGHBORS = 8
 """Neighbours of each of them."""
 THUMBNAIL = 64
 """Side of an image in that plot, in px."""
+NAMED_THUMBNAIL = 96
+"""The same for images without labels, which have their names below, in px."""
+NAME_LENGTH = 15
+"""Letters of a name below an image of that side."""
 GAP = 12
 """Space between a query and its neighbours, in px."""
 
@@ -60,6 +65,18 @@ class Embedded(NamedTuple):
             most: letters; a longer name is cut.
         """
         return legible(printable(self.labelled.label_name(int(number))), most) or str(number)
+
+    def shown_name(self, row: int) -> str:
+        """Return the name of a row's image as a plot can show it: the end of its file's name.
+
+        A name with letters that the font lacks is the number of the image.
+        """
+        index = int(self.rows[row])
+        images: Any = self.labelled.images
+        name = printable(images.name(index).rpartition("/")[2])
+        if len(name) > NAME_LENGTH:
+            name = f"…{name[1 - NAME_LENGTH :]}"
+        return legible(name, NAME_LENGTH) or f"image {index}"
 
     def unreadable(self) -> list[int]:
         """Return the indices of the images in `labelled` that have no row."""
@@ -99,13 +116,15 @@ def neighbors_plot(
     """Draw a row for each query: the query, then its neighbours with cosine and class.
 
     The caption of a neighbour is green if it is of the query's class, else red. Images without a
-    label (-1) have the cosine alone.
+    label (-1) have the cosine and their names: nothing else tells which images they are.
 
     Args:
         shown: (n,) rows of `queries`.
         similarities: (n, k) cosines of each query's neighbours, in falling order.
         neighbors: (n, k) their rows in `bank`.
     """
+    if (queries.labels[shown] < 0).all():
+        return named_neighbors_plot(bank, queries, shown, similarities, neighbors)
     lines = []
     for query, cosines, rows in zip(shown, similarities, neighbors, strict=True):
         label = queries.labels[query]
@@ -125,3 +144,26 @@ def neighbors_plot(
             tiles.append(Tile(image, f"{cosine:.2f} {name}", color))
         lines.append(tiles)
     return tile_plot(lines, gap=GAP)
+
+
+def named_neighbors_plot(
+    bank: Embedded,
+    queries: Embedded,
+    shown: np.ndarray,
+    similarities: np.ndarray,
+    neighbors: np.ndarray,
+) -> "Figure":
+    """Draw a row for each query: the query, then its neighbours with cosine and name.
+
+    The arguments are those of `neighbors_plot`.
+    """
+    lines = []
+    for query, cosines, rows in zip(shown, similarities, neighbors, strict=True):
+        image = queries.thumbnail(query, NAMED_THUMBNAIL)
+        tiles = [Tile(image, f"query\n{queries.shown_name(query)}")]
+        for cosine, row in zip(cosines, rows, strict=True):
+            image = bank.thumbnail(row, NAMED_THUMBNAIL)
+            # Features of similar photographs differ in the third digit.
+            tiles.append(Tile(image, f"{cosine:.3f}\n{bank.shown_name(row)}"))
+        lines.append(tiles)
+    return tile_plot(lines, gap=GAP, caption_height=2 * LINE)

@@ -25,7 +25,7 @@ def test_splits_are_told_in_any_case(train, validation, others, tmp_path, caplog
     assert source.bank.class_names == source.queries.class_names == ("cat", "dog")
     assert f"{tmp_path}: {train} is trained on, {validation} is held out" in caplog.text
     assert "2 classes: cat, dog" in caplog.text
-    assert f"{tmp_path}: 10 images to train on; 14 files: .png 14" in caplog.text
+    assert f"{tmp_path}: 10 training images; 14 files: .png 14" in caplog.text
     assert "WARNING" not in caplog.text
 
 

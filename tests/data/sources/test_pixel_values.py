@@ -155,6 +155,21 @@ def test_wrong_settings_are_one_line(settings, message):
         settled(image("uint16", 4), **settings)
 
 
+def test_plots_show_bands_by_the_names_of_those_that_the_model_gets():
+    given = image("uint16", 4, band_names=("B02", "B03", "B04", "B08"))
+    for bands, display, expected in (
+        (None, ["B04", "B03", "B02"], (3, 2, 1)),
+        (None, ["B04", 1, "B08"], (3, 1, 4)),
+        (["B08", 1], "B02", (2,)),
+        (["B08", "B04"], ["B04"], (2,)),
+    ):
+        values = settled(given, bands=bands, display=display, value_range=[0, 10_000])
+        assert values.display == expected
+    message = r"preview.bands=\['B04'\]: expected .* from 1 to 2 or names \(B08, B02\)"
+    with pytest.raises(InputError, match=message):
+        settled(given, bands=["B08", "B02"], display=["B04"], value_range=[0, 10_000])
+
+
 def test_an_image_unlike_the_others_is_unreadable():
     alike = [image("uint16", 4) for _ in range(3)]
     values = settled(*alike, image("uint8", 3), value_range=[0, 10_000])
