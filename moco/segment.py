@@ -30,6 +30,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
         build_segmenter,
         build_trainer,
         check_decoder,
+        decoder_origin,
         images_of_run,
         images_origin,
         tensor_settings,
@@ -63,6 +64,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
         ExitStack() as stack,
     ):
         origin = backbone_origin(config, start) | images_origin(config, data)
+        origin |= decoder_origin(decoder)
         run = Run(config, folder, stop, hydra_files(), figures=origin)
         if run.is_finished():
             return

@@ -1,9 +1,10 @@
 """Measure this project and its peers on the same machine, in the same run, with the same work.
 
-    python scripts/benchmark.py step|crops|loss|update|data|knn|swin|timm|end_to_end|startup
+    python scripts/benchmark.py KIND
         [--against lightly] [--against official=PATH] [--only 'resnet18*fp32*'] [--repeats 5]
         [--sittings 1] [--threads 2] [--device cpu] [--json FILE] [--tiny]
 
+KIND is one of step, crops, switches, loss, update, data, knn, swin, timm, end_to_end and startup.
 `python scripts/benchmark.py step --help` shows the further options of ``step``, and so on.
 ``--against`` names the peers that take part; by default, all that are installed do. ``official`` is
 a checkout of facebookresearch/moco. Peers run unchanged.
@@ -36,6 +37,7 @@ from moco.errors import InputError
 KINDS = (
     "step",
     "crops",
+    "switches",
     "loss",
     "update",
     "data",

@@ -28,6 +28,15 @@ from moco.training.stopwatches import STEPS, WAITING, epoch_time
 
 log = logging.getLogger(__name__)
 
+LOSS_TERMS = (
+    "loss_global",
+    "loss_dense",
+    "loss_full",
+    "loss_local",
+    "loss_key",
+    "loss_neighbours",
+)
+"""The terms of the loss that a step may return, see `MoCo.training_step`."""
 MUCH_WAITING = 0.2
 """Share of the training time that goes into waiting for data."""
 SECONDS = 30.0
@@ -264,7 +273,7 @@ class TrainingMonitor(LossMonitor):
                 similarity = float(negative_similarity(query, negatives))
         figures["train/loss_of_chance"] = pl_module.loss_of_chance(num_negatives)
         figures["label_free/negative_similarity"] = similarity
-        for term in ("loss_global", "loss_dense", "loss_full", "loss_local"):
+        for term in LOSS_TERMS:
             if term in outputs:
                 figures[f"train/{term}"] = float(outputs[term])
         return figures | contrast_figures(outputs, num_negatives, queue is None)

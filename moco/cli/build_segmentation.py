@@ -17,6 +17,7 @@ from moco.cli.closing_tables import metric_in_words
 from moco.cli.resuming import Resumed
 from moco.cli.segmentation_settings import check_metric, tell_of_draw
 from moco.cli.starting_backbone import StartingBackbone
+from moco.cli.starting_decoder import StartingDecoder, find_decoder
 from moco.cli.training_run import Run
 from moco.config.segment import SegmentConfig
 from moco.data.sources.source import PIXEL_SETTINGS
@@ -24,13 +25,14 @@ from moco.errors import InputError
 from moco.models.contract import check_feature_maps
 from moco.models.swin.backbone import Swin
 from moco.runs.training_set import TrainingSet, training_set
-from moco.segmentation.decoders import choose_decoder
 from moco.segmentation.label_draw import label_draw
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_sources import build_segmentation_source
 from moco.segmentation.pixel_losses import check_loss
 from moco.segmentation.segmentation_data import SegmentationData
 from moco.segmentation.segmenter import Segmenter
+from moco.weights.pretrained_decoder import load_pretrained_decoder
+from moco.weights.weight_files import source_in_errors
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +82,15 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
     return data
 
 
-def check_decoder(config: SegmentConfig, start: StartingBackbone) -> str:
-    """Return the name of the decoder.
+def check_decoder(config: SegmentConfig, start: StartingBackbone) -> StartingDecoder:
+    """Return the decoder that the run starts with.
 
     Raises:
-        InputError: a package is missing, the images are too small, or the decoder cannot be
-            deterministic where it has to be.
+        InputError: a package is missing, a pretrained decoder cannot be taken over, the images are
+            too small, or the decoder cannot be deterministic where it has to be.
     """
     check_feature_maps(start.backbone, "moco.segment")
-    name = choose_decoder(config.decoder.name, config.freeze_backbone)
+    decoder = find_decoder(config, start)
     cell = start.backbone.feature_map_strides[-1]
     if start.image_size < cell:
         raise InputError(
@@ -96,28 +98,31 @@ def check_decoder(config: SegmentConfig, start: StartingBackbone) -> str:
             "a cell of the backbone's last map"
         )
     check_deterministic_segmentation(
-        config.trainer, start.backbone, name, start.image_size, config.freeze_backbone
+        config.trainer, start.backbone, decoder.name, start.image_size, config.freeze_backbone
     )
-    return name
+    return decoder
 
 
 def build_segmenter(
     config: SegmentConfig,
     start: StartingBackbone,
-    decoder: str,
+    decoder: StartingDecoder,
     class_names: Sequence[str],
     class_weights: list[float] | None = None,
 ) -> Segmenter:
-    """Return the model with the weights of the backbone.
+    """Return the model with the weights of the backbone, and of the decoder if it is pretrained.
 
-    The decoder's weights are the same for every backbone of one architecture and seed.
+    New weights of a decoder are the same for every backbone of one architecture and seed.
 
     Args:
         config: the config of the run.
         start: the backbone.
-        decoder: its name.
+        decoder: the decoder.
         class_names: of the dataset.
         class_weights: of the loss, see `resolved_class_weights`.
+
+    Raises:
+        InputError: the pretrained decoder does not fit the backbone.
     """
     optimizer = dataclasses.asdict(config.optimizer)
     if optimizer["layer_decay"] is None:
@@ -128,7 +133,7 @@ def build_segmenter(
     torch.manual_seed(config.seed)
     segmenter = Segmenter(
         backbone=start.settings,
-        decoder={"name": decoder, "channels": config.decoder.channels},
+        decoder={"name": decoder.name, "channels": decoder.channels},
         optimizer=optimizer,
         num_classes=len(class_names),
         ignore_index=config.data.ignore_index,
@@ -141,9 +146,17 @@ def build_segmenter(
         class_weights=class_weights,
     )
     segmenter.model.backbone.load_state_dict(start.backbone.state_dict())
+    if decoder.pretrained is not None:
+        with source_in_errors(f"checkpoint={config.checkpoint}"):
+            load_pretrained_decoder(segmenter.model.decoder, decoder.pretrained)
+        log.info(
+            "decoder: the pretrained %s of the checkpoint, %d channels wide, with a new head",
+            decoder.name,
+            decoder.pretrained.channels,
+        )
     log.info(
         "decoder: %s; %d classes; layer decay %g",
-        decoder,
+        decoder.name,
         len(class_names),
         optimizer["layer_decay"],
     )
@@ -190,6 +203,11 @@ def backbone_origin(config: SegmentConfig, start: StartingBackbone) -> dict[str,
     if hasattr(start.backbone, "window_size"):
         figures["segment/window_size"] = list(start.backbone.window_size)
     return figures
+
+
+def decoder_origin(decoder: StartingDecoder) -> dict[str, Any]:
+    """Return whether the decoder is pretrained, under the name of ``metrics.json``."""
+    return {"segment/decoder_from_checkpoint": decoder.pretrained is not None}
 
 
 def images_origin(config: SegmentConfig, data: SegmentationData) -> dict[str, Any]:

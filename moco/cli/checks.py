@@ -186,7 +186,10 @@ def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequen
     obstacles = resized_positions(backbone, image_sizes)
     if encoder.dense_projector is not None:
         grid = config.method.dense_grid
-        side = max(last_map_side(backbone, size) for size in image_sizes)
+        stride = backbone.feature_map_strides[-1]
+        if encoder.decoder is not None:
+            stride = encoder.decoder.stride
+        side = max(map_side(backbone, size, stride) for size in image_sizes)
         if side > grid > 1:
             obstacles.append(
                 f"the dense term's pooling of a map of {side} x {side} cells to "
@@ -213,16 +216,16 @@ def check_deterministic_segmentation(
     refuse_nondeterministic(trainer, obstacles)
 
 
-def last_map_side(backbone: Any, image_size: int) -> int:
-    """Return the side of a backbone's last feature map, cells, for square images.
+def map_side(backbone: Any, image_size: int, stride: int) -> int:
+    """Return the side of a feature map, cells, for square images.
 
     Args:
         backbone: under the backbone contract.
         image_size: side of the images, px.
+        stride: px of the image per cell of the map.
     """
     if getattr(backbone, "partial_patches", None) == "drop":
         image_size = image_size // backbone.patch_size * backbone.patch_size
-    stride = backbone.feature_map_strides[-1]
     return int(-(-image_size // stride))  # rounded up
 
 
@@ -325,6 +328,39 @@ def advise_window(backbone: "nn.Module", image_size: int) -> None:
     )
 
 
+def keys_of_run(config: TrainConfig, num_images: int) -> int:
+    """Return how many keys the queue gets in the whole run."""
+    num_steps = config.trainer.max_epochs * (num_images // config.data.batch_size)
+    if config.trainer.max_steps > 0:
+        num_steps = min(num_steps, config.trainer.max_steps)
+    num_keys = num_steps * config.data.batch_size
+    if config.method.symmetric and config.method.num_queues == 1:
+        num_keys *= 2  # one queue gets the keys of both views
+    return num_keys
+
+
+def warn_of_neighbours(config: TrainConfig, num_images: int) -> None:
+    """Warn if ``method.neighbours`` has no effect in this run, because it ends too early."""
+    method = config.method
+    if method.neighbours == 0 or method.queue_size is None:
+        return
+    num_keys = keys_of_run(config, num_images)
+    if method.queue_size >= num_keys:
+        log.warning(
+            "method.neighbours=%d: there are none before the queue is full, and this run produces "
+            "only %d keys for method.queue_size=%d; reduce the queue or train longer",
+            method.neighbours,
+            num_keys,
+            method.queue_size,
+        )
+    elif method.neighbours_from_epoch >= config.trainer.max_epochs:
+        log.warning(
+            "method.neighbours_from_epoch=%d: the run has only %d epochs, so it has no neighbours",
+            method.neighbours_from_epoch,
+            config.trainer.max_epochs,
+        )
+
+
 def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
     """Warn if the number of negatives does not fit the dataset or the batch.
 
@@ -345,12 +381,7 @@ def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
                 config.data.batch_size // num_parts,
             )
         return
-    num_steps = config.trainer.max_epochs * (num_images // config.data.batch_size)
-    if config.trainer.max_steps > 0:
-        num_steps = min(num_steps, config.trainer.max_steps)
-    num_keys = num_steps * config.data.batch_size
-    if config.method.symmetric and config.method.num_queues == 1:
-        num_keys *= 2  # one queue gets the keys of both views
+    num_keys = keys_of_run(config, num_images)
     limit = min(num_images // 10, num_keys)
     if config.method.queue_size <= limit:
         return

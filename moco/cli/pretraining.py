@@ -36,6 +36,8 @@ METHOD_SHAPES = (
     "queue_size",
     "num_queues",
     "mask_own_group",
+    "decoder",
+    "decoder_channels",
 )
 
 
@@ -186,6 +188,7 @@ def check_before_training(config: TrainConfig, data: "PretrainingData", method: 
     checks.check_resolution_ramp(ramp, encoder.backbone, config.trainer.max_epochs)
     checks.check_local_crops(encoder.backbone, data.augment)
     checks.warn_of_negatives(config, len(data.source.train))
+    checks.warn_of_neighbours(config, len(data.source.train))
 
 
 def tensor_settings(config: Mapping[str, Any], hparams: Any) -> dict[str, Any]:

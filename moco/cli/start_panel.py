@@ -163,7 +163,12 @@ def describe_method(config: TrainConfig) -> str:
     if method.symmetric:
         parts.append("symmetric loss")
     if method.dense_weight > 0:
-        parts.append(f"dense term of weight {method.dense_weight:g}")
+        dense_term = f"dense term of weight {method.dense_weight:g}"
+        if method.decoder is not None:
+            dense_term += f" on an {method.decoder.upper()}"
+        parts.append(dense_term)
+    if method.neighbours > 0:
+        parts.append(f"nearest {method.neighbours} keys of the queue as positives")
     return ", ".join(parts)
 
 

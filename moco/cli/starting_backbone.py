@@ -16,6 +16,7 @@ from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.weights.inflation import widen_stem
 from moco.weights.load_encoder import load_pretrained, log_window_advice
+from moco.weights.pretrained_decoder import PretrainedDecoder
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class StartingBackbone(NamedTuple):
     pixel_settings: dict[str, Any]
     """How the pretraining made its pixels."""
     is_pretrained: bool
+    decoder: PretrainedDecoder | None = None
+    """The decoder that was pretrained with it, if any."""
 
 
 def find_backbone(config: SegmentConfig) -> StartingBackbone:
@@ -84,6 +87,7 @@ def find_backbone(config: SegmentConfig) -> StartingBackbone:
         look["std"],
         pixel_settings,
         is_pretrained=pretrained is not None,
+        decoder=None if pretrained is None else pretrained.decoder,
     )
 
 

@@ -18,9 +18,14 @@ class DecoderConfig:
     name: str = setting(
         "auto", choices=("auto", "deeplabv3", "fcn", "fpn", "linear", "unet", "upernet")
     )
-    """See ``moco.segmentation.decoders``. auto: linear for a frozen backbone, otherwise upernet."""
+    """See ``moco.segmentation.decoders``. auto: linear for a frozen backbone, otherwise the
+    checkpoint's pretrained decoder if it has one, or else upernet."""
     channels: Optional[int] = setting(None, at_least=4)
-    """Width of fpn, unet and upernet; null is 256."""
+    """Width of fpn, unet and upernet. Null: 256, or that of a pretrained decoder."""
+    from_checkpoint: Optional[bool] = None
+    """Start with the weights of the decoder that was pretrained with the backbone
+    (method.decoder=fpn). Null: if the checkpoint has one of this kind. true: refuse a checkpoint
+    without one. false: start with a new decoder."""
 
 
 @dataclass

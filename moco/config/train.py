@@ -153,6 +153,19 @@ class MethodConfig:
     mask_own_group: bool = False
     """Leave out the negatives whose image belongs to the group of the query's image, see
     data.group. The queue then keeps the group of each key."""
+    neighbours: int = setting(0, at_least=0)
+    """Number of the queue's keys, nearest to the query's own key, that are positives too (k). They
+    count once the queue is full. 0: none. See ``docs/methods.md``."""
+    neighbours_weight: float = setting(0.5, at_least=0, at_most=1)
+    """Weight w of the neighbours: the loss is (1 - w) x the loss of the key + w x the mean loss of
+    its neighbours."""
+    neighbours_from_epoch: int = setting(0, at_least=0)
+    """The first epoch with neighbours, counted from 0. Early in a run they are often wrong."""
+    decoder: Optional[str] = setting(None, choices=("fpn",))
+    """fpn: the dense term's cells come from an FPN on all feature maps, which is pretrained with
+    the backbone and which moco.segment takes over. Null: from the last feature map."""
+    decoder_channels: Optional[int] = setting(None, at_least=128)
+    """Width of that decoder, a multiple of 64; null is 256. A cell has half as many features."""
 
 
 @dataclass

@@ -5,7 +5,7 @@ plain one needs 198 (N = 256, K = 65,536). On a GPU the plain form is faster at 
 against 0.98 ms at the same N and K. See docs/performance.md.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,39 @@ LOGITS_PER_BLOCK_ON_CPU = 2**19
 LOGITS_PER_BLOCK_ON_GPU = 2**26
 LOWEST_TEMPERATURE = 1 / 40
 """exp(40) is 2e17: float32 holds the sum of a billion of these, and their inverse."""
+SMALLEST_TOTAL = 1e-30
+"""Less than the smallest exponential, exp(-40)."""
+
+
+class LeftOutNegatives(Protocol):
+    """Says which negatives a query's loss leaves out, such as `Groups`."""
+
+    def is_own(self, columns: slice) -> Tensor:
+        """Return which of these negatives are left out for each query, (N, columns) bool."""
+
+    def of_queries(self, rows: slice) -> "LeftOutNegatives":
+        """Return the same for some of the queries."""
+
+
+def is_plain_form_better(query: Tensor, negatives: Tensor, temperature: float) -> bool:
+    """Return whether a loss should make all N x K logits at once.
+
+    Args:
+        query: (N, C).
+        negatives: (K, C).
+        temperature: T.
+    """
+    is_small = len(query) * len(negatives) <= MOST_PLAIN_LOGITS
+    is_fast = query.device.type != "cpu" and is_small
+    return is_fast or temperature < LOWEST_TEMPERATURE
+
+
+def columns_per_block(num_queries: int, device_type: str) -> int:
+    """Return how many negatives make a block of logits with these queries."""
+    logits_per_block = LOGITS_PER_BLOCK_ON_GPU
+    if device_type == "cpu":
+        logits_per_block = LOGITS_PER_BLOCK_ON_CPU
+    return logits_per_block // num_queries
 
 
 def efficient_info_nce(
@@ -41,9 +74,7 @@ def efficient_info_nce(
         temperature: T.
         groups, weights: see `info_nce`.
     """
-    is_small = len(query) * len(negatives) <= MOST_PLAIN_LOGITS
-    is_fast = query.device.type != "cpu" and is_small
-    if is_fast or temperature < LOWEST_TEMPERATURE:
+    if is_plain_form_better(query, negatives, temperature):
         return info_nce(query, key, negatives, temperature, groups, weights)
     return blocked_info_nce(query, key, negatives, temperature, groups, weights)
 
@@ -137,29 +168,7 @@ def losses_and_gradients(
     """
     scaled = query / temperature
     positive = (scaled * key).sum(dim=1)  # (N,)
-    # Logits of unit vectors lie between -1/T and 1/T, so their exponentials need no common factor.
-    total = torch.zeros_like(positive)  # (N,) sum of the negatives' exponentials
-    weighted = key[:, :0]  # nothing is collected in it
-    if needs_gradient:
-        weighted = torch.zeros_like(key)  # (N, C)
-    logits_per_block = LOGITS_PER_BLOCK_ON_GPU
-    if query.device.type == "cpu":
-        logits_per_block = LOGITS_PER_BLOCK_ON_CPU
-    columns = logits_per_block // len(query)
-    buffer = query.new_empty(len(query) * min(columns, len(negatives)))
-    for start in range(0, len(negatives), columns):
-        of_block = slice(start, start + columns)
-        block = negatives[of_block]
-        # A view of one buffer, so that all blocks use the same part of the cache.
-        num_logits = len(query) * len(block)
-        logits = buffer[:num_logits].view(len(query), len(block))
-        torch.mm(scaled, block.T, out=logits)
-        exponentials = logits.exp_()
-        if groups is not None:
-            exponentials.masked_fill_(groups.is_own(of_block), 0)
-        total = total + exponentials.sum(dim=1)
-        if needs_gradient:
-            weighted = torch.addmm(weighted, exponentials, block)
+    total, weighted = sums_over_negatives(scaled, negatives, groups, needs_gradient)
     losses = F.softplus(total.log() - positive)  # log(1 + total / exp(positive))
     # softplus hides a positive of infinity, which the plain form turns into NaN.
     losses = losses + 0 * positive
@@ -168,3 +177,95 @@ def losses_and_gradients(
     scale = (total + positive.exp()) * temperature
     gradients = (weighted - total[:, None] * key) / scale[:, None]
     return losses, gradients
+
+
+def blocked_log_total(
+    query: Tensor, negatives: Tensor, temperature: float, left_out: LeftOutNegatives | None
+) -> Tensor:
+    """Return the logarithm of the sum of exp(query * negative / T) over the negatives, (N,).
+
+    It is computed block by block. It can be differentiated once, with respect to the queries alone.
+
+    Args:
+        query: (N, C), unit norm, float32, with gradient.
+        negatives: (K, C), unit norm, float32, no gradient. They may change before the backward
+            pass.
+        temperature: T, at least `LOWEST_TEMPERATURE`.
+        left_out: the negatives that do not count; None: all count.
+    """
+    needs_gradient = query.requires_grad and torch.is_grad_enabled()
+    return _BlockedLogTotal.apply(query, negatives, temperature, left_out, needs_gradient)
+
+
+class _BlockedLogTotal(torch.autograd.Function):
+    """`blocked_log_total`, whose gradient is computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        negatives: Tensor,
+        temperature: float,
+        left_out: LeftOutNegatives | None,
+        needs_gradient: bool,
+    ) -> Tensor:
+        totals = []
+        gradients = []
+        for start in range(0, len(query), MOST_QUERIES_PER_BLOCK):
+            rows = slice(start, start + MOST_QUERIES_PER_BLOCK)
+            left_out_of_rows = None
+            if left_out is not None:
+                left_out_of_rows = left_out.of_queries(rows)
+            scaled = query[rows] / temperature
+            total, weighted = sums_over_negatives(
+                scaled, negatives, left_out_of_rows, needs_gradient
+            )
+            totals.append(total)
+            # A query without any negatives has the total 0, and a gradient of 0.
+            scale = total.clamp(min=SMALLEST_TOTAL) * temperature
+            gradients.append(weighted / scale[:, None])
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(totals).log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upper_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return upper_gradient[:, None] * gradient, None, None, None, None
+
+
+def sums_over_negatives(
+    scaled: Tensor,
+    negatives: Tensor,
+    left_out: LeftOutNegatives | None,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return two sums over the negatives, collected block by block.
+
+    With p the exponential of a logit they are the sum of p, (N,), and the sum of p * negative,
+    (N, C), which is (N, 0) without `needs_gradient`. Negatives that are left out have p = 0.
+
+    Args:
+        scaled: (N, C), the queries divided by T.
+    """
+    # Logits of unit vectors lie between -1/T and 1/T, so their exponentials need no common factor.
+    total = scaled.new_zeros(len(scaled))
+    weighted = scaled[:, :0]  # nothing is collected in it
+    if needs_gradient:
+        weighted = torch.zeros_like(scaled)
+    columns = columns_per_block(len(scaled), scaled.device.type)
+    buffer = scaled.new_empty(len(scaled) * min(columns, len(negatives)))
+    for start in range(0, len(negatives), columns):
+        of_block = slice(start, start + columns)
+        block = negatives[of_block]
+        # A view of one buffer, so that all blocks use the same part of the cache.
+        num_logits = len(scaled) * len(block)
+        logits = buffer[:num_logits].view(len(scaled), len(block))
+        torch.mm(scaled, block.T, out=logits)
+        exponentials = logits.exp_()
+        if left_out is not None:
+            exponentials.masked_fill_(left_out.is_own(of_block), 0)
+        total = total + exponentials.sum(dim=1)
+        if needs_gradient:
+            weighted = torch.addmm(weighted, exponentials, block)
+    return total, weighted

@@ -26,11 +26,18 @@ from moco.methods.batch_norm import (
     sync_batch_norm,
 )
 from moco.methods.blocked_loss import efficient_info_nce
+from moco.methods.dense_decoder import build_dense_decoder
 from moco.methods.dense_matches import check_rule, match_cells, placements_of
 from moco.methods.key_queue import KeyQueue
 from moco.methods.local_queries import local_crops_of, mean_with_local, running_statistics_kept
 from moco.methods.losses import Groups, in_batch_info_nce, matched_cells
 from moco.methods.momentum import key_momentum_at, update_key_encoder
+from moco.methods.neighbours import (
+    NeighbourTerms,
+    check_neighbours,
+    nearest_rows,
+    neighbour_info_nce,
+)
 from moco.models.backbones import CHECKED_SIZE, build_backbone
 from moco.models.contract import check_contract, check_feature_maps
 from moco.models.encoder import (
@@ -93,10 +100,17 @@ class MoCo(pl.LightningModule):
         mask_own_group: leave out the negatives whose image is of the same group as the query's. A
             batch then has ``groups``, (N,) int64 with -1 for an unknown group, and the queues keep
             the group of each key.
+        neighbours: k, how many of the queue's keys that are nearest to a query's key are positives
+            too, see `moco.methods.neighbours`. They are once the queue is full. 0: none.
+        neighbours_weight: w, the loss of a direction is (1 - w) * key + w * neighbours.
+        neighbours_from_epoch: the first epoch, counted from 0, with neighbours.
+        decoder: ``fpn``: the dense term's cells are those of an FPN on all feature maps, which
+            `moco.segment` can start from. None: those of the last feature map.
+        decoder_channels: width of the decoder; None is 256.
 
     Raises:
-        InputError: switches contradict each other, the backbone is unknown, or it does not keep the
-            contract.
+        InputError: switches contradict each other, the backbone is unknown, it does not keep the
+            contract, or it cannot feed the decoder.
 
     Example:
         >>> method = moco.MoCo("timm:convnext_tiny", queue_size=4096)
@@ -128,6 +142,11 @@ class MoCo(pl.LightningModule):
         mask_own_group: bool = False,
         dense_match: str = "feature",
         local_crops: int = 0,
+        neighbours: int = 0,
+        neighbours_weight: float = 0.5,
+        neighbours_from_epoch: int = 0,
+        decoder: str | None = None,
+        decoder_channels: int | None = None,
     ) -> None:
         super().__init__()
         net, backbone = built(backbone)
@@ -137,6 +156,7 @@ class MoCo(pl.LightningModule):
         self.save_hyperparameters(logger=False)
         check_switches(negatives, queue_size, num_queues, symmetric, dense_weight)
         check_rule(dense_match, dense_weight)
+        check_neighbours(neighbours, negatives, queue_size)
         self.temperature = temperature
         # Added to the step that the schedules see. A run that resumes with other images needs it.
         self.schedule_offset = 0
@@ -145,15 +165,20 @@ class MoCo(pl.LightningModule):
         self.dense_match = dense_match
         self.num_local_crops = local_crops
         self.mask_own_group = mask_own_group
+        self.num_neighbours = neighbours
         self.batch_norm = "plain"
         # Whether the encoders take batches sorted by group, see `SplitBatchNorm`.
         self.sorts_by_group = False
 
         self.query_encoder = Encoder(net, build_head(net.feature_dim, embedding_dim, **projector))
+        dense_decoder = build_dense_decoder(decoder, decoder_channels, net, dense_weight)
+        self.query_encoder.decoder = dense_decoder
         if dense_weight > 0:
             hidden_dim = projector.get("hidden_dim")
             check_feature_maps(net, f"method.dense_weight={dense_weight}")
             map_dim = net.feature_map_dims[-1]
+            if dense_decoder is not None:
+                map_dim = dense_decoder.width
             dense_projector = DenseProjector(map_dim, embedding_dim, hidden_dim, dense_grid)
             self.query_encoder.dense_projector = dense_projector
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
@@ -180,7 +205,8 @@ class MoCo(pl.LightningModule):
             with: the keys of the queue (K, C), or those of the batch of all devices (M, C), the
             positives among them. ``of_groups`` has the groups of both, or None. With the dense
             term also its two parts, ``loss_global`` and ``loss_dense``; with local crops the loss
-            of the full views and that of the local crops, ``loss_full`` and ``loss_local``.
+            of the full views and that of the local crops, ``loss_full`` and ``loss_local``; with
+            neighbours the two terms of the last direction, ``loss_key`` and ``loss_neighbours``.
         """
         first, second = views_of(batch)  # (N, 3, H, W) each
         groups = groups_of(batch) if self.mask_own_group else None  # (N,)
@@ -196,13 +222,17 @@ class MoCo(pl.LightningModule):
 
         losses = []
         local_losses = []  # of each direction's local crops
+        terms = None
         if self.queue is not None:
             for query, key, queue in zip(queries, keys, self.queues, strict=True):
                 negatives = queue.negatives()  # (K, C) unit norm
                 of_groups = groups_with(groups, queue)
-                loss = efficient_info_nce(
-                    query.embedding, key.embedding, negatives, self.temperature, of_groups
-                )
+                rows = (query.embedding, key.embedding, negatives)
+                if self.uses_neighbours(queue):
+                    terms = self.neighbour_terms(*rows, of_groups)
+                    loss = terms.weighted_mean(self.hparams["neighbours_weight"])
+                else:
+                    loss = efficient_info_nce(*rows, self.temperature, of_groups)
                 losses.append(loss)
                 for local in local_queries:
                     loss = efficient_info_nce(
@@ -233,10 +263,36 @@ class MoCo(pl.LightningModule):
         }
         if local_queries:
             self.add_local_term(outputs, local_losses)
+        if terms is not None:
+            outputs["loss_key"] = terms.of_key.detach()
+            outputs["loss_neighbours"] = terms.of_neighbours.detach()
         if self.dense_weight > 0:
             placements = placements_of(batch, self.dense_match)
             self.add_dense_term(outputs, self.dense_losses(queries, keys, groups, placements))
         return outputs
+
+    def uses_neighbours(self, queue: KeyQueue) -> bool:
+        """Whether the nearest keys of a queue are positives in this step.
+
+        They are not before the queue is full, because its start is random or empty.
+        """
+        is_full = queue.num_filled == len(queue.keys)
+        has_begun = self.current_epoch >= self.hparams["neighbours_from_epoch"]
+        return self.num_neighbours > 0 and is_full and has_begun
+
+    def neighbour_terms(
+        self, query: Tensor, key: Tensor, negatives: Tensor, groups: Groups | None
+    ) -> NeighbourTerms:
+        """Return the losses of one direction for the keys and for their nearest negatives.
+
+        Args:
+            query: (N, C), unit norm, with gradient.
+            key: (N, C), unit norm.
+            negatives: (K, C), unit norm, the keys of a full queue.
+            groups: see `info_nce`.
+        """
+        neighbours = nearest_rows(key, negatives, self.num_neighbours)  # (N, k)
+        return neighbour_info_nce(query, key, negatives, neighbours, self.temperature, groups)
 
     def dense_losses(
         self,
@@ -536,7 +592,10 @@ class MoCo(pl.LightningModule):
         """Return the loss of queries that cannot tell their key from the negatives.
 
         It is log(1 + `num_negatives`) for each direction, in the unit of the training's loss.
+        Neighbours do not count as negatives.
         """
+        if self.queue is not None and self.uses_neighbours(self.queue):
+            num_negatives -= self.num_neighbours
         num_directions = 1
         if self.symmetric:
             num_directions = 2

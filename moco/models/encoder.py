@@ -10,6 +10,7 @@ from torchvision.ops import StochasticDepth
 
 from moco.models.contract import feature_and_maps
 from moco.models.heads import Cells
+from moco.models.pyramid import PyramidDecoder
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -37,15 +38,22 @@ class Encoder(nn.Module):
         backbone: images to features (N, D), see `moco.models.backbones`.
         projector: features (N, D) to embeddings (N, C).
         dense_projector: makes `Cells` from the backbone's last feature map (N, D, H, W).
+        decoder: makes the map for the dense projector from all feature maps, in place of the last
+            one.
     """
 
     def __init__(
-        self, backbone: nn.Module, projector: nn.Module, dense_projector: nn.Module | None = None
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        dense_projector: nn.Module | None = None,
+        decoder: PyramidDecoder | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
         self.dense_projector = dense_projector
+        self.decoder = decoder
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
@@ -60,10 +68,10 @@ class Encoder(nn.Module):
         if self.dense_projector is None:
             embeddings = per_view(self.projector, per_view(self.backbone, views))
             return [Encoded(embedding) for embedding in embeddings]
-        outputs = per_view(self.backbone, views, self.feature_and_last_map)
-        features, last_maps = zip(*outputs, strict=True)
+        outputs = per_view(self.backbone, views, self.feature_and_map)
+        features, maps = zip(*outputs, strict=True)
         embeddings = per_view(self.projector, features)
-        cells = [Cells(*parts) for parts in per_view(self.dense_projector, last_maps)]
+        cells = [Cells(*parts) for parts in per_view(self.dense_projector, maps)]
         return list(map(Encoded, embeddings, cells))
 
     @cached_property
@@ -90,12 +98,18 @@ class Encoder(nn.Module):
         for part in (self.backbone, self.projector, self.dense_projector):
             if part is not None:
                 part.compile(dynamic=False, options=options)
-        compiled = torch.compile(self.feature_and_last_map, dynamic=False, options=options)
-        self.feature_and_last_map = compiled  # type: ignore[method-assign]
+        compiled = torch.compile(self.feature_and_map, dynamic=False, options=options)
+        self.feature_and_map = compiled  # type: ignore[method-assign]
 
-    def feature_and_last_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the feature (N, D) and the last feature map (N, D, H / stride, W / stride)."""
+    def feature_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the feature (N, D), and the map of which the dense projector makes cells.
+
+        It is the last feature map, or what the decoder makes of all of them. The decoder has no
+        BatchNorm, so all views may go through it together.
+        """
         feature, maps = feature_and_maps(self.backbone, images)
+        if self.decoder is not None:
+            return feature, self.decoder(maps)
         return feature, maps[-1]
 
     def encode(self, images: Tensor, feature: str = "backbone") -> Tensor:

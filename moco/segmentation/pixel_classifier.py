@@ -10,10 +10,10 @@ from torch import Tensor
 from moco.data.augment.views import Normalized
 from moco.data.sources.pixel_values import PixelValues
 from moco.errors import RunError
+from moco.models.pyramid import fill_up
 from moco.models.timm_backbone import TimmBackbone
 from moco.segmentation.averaged_views import mean_probabilities
 from moco.segmentation.blended_windows import ScoredPart, blended_scores
-from moco.segmentation.decoders import fill_up
 from moco.segmentation.segmenter import Segmenter
 
 LARGEST_FORWARD = 2**22

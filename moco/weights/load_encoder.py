@@ -27,6 +27,7 @@ from moco.weights.architecture import (
 from moco.weights.inflation import check_bands, widen_stem
 from moco.weights.library_names import Weights, to_our_names
 from moco.weights.other_projects import BACKBONE, METHOD_PARTS
+from moco.weights.pretrained_decoder import PretrainedDecoder, decoder_in, without_decoder
 from moco.weights.weight_files import (
     WeightFile,
     last_number,
@@ -55,6 +56,7 @@ class Pretrained(NamedTuple):
         step: optimizer steps that were trained.
         feature: what to measure, ``backbone`` or ``embedding``.
         window_size: a Swin's windows in the file, cells; None for other backbones.
+        decoder: that was pretrained with the encoder, if any.
     """
 
     encoder: Encoder
@@ -64,6 +66,7 @@ class Pretrained(NamedTuple):
     step: int
     feature: str
     window_size: tuple[int, ...] | None
+    decoder: PretrainedDecoder | None = None
 
 
 def load_encoder(
@@ -155,6 +158,7 @@ def load_pretrained(
         step=file.step,
         feature=feature,
         window_size=window_size,
+        decoder=decoder_in(file, which),
     )
 
 
@@ -267,9 +271,10 @@ def load_ours(
     settings = there | others
 
     if file.hyper_parameters is not None:
+        hyper_parameters, weights = without_decoder(file)
         try:
-            method = MoCo(**file.hyper_parameters | {"backbone": module or settings})
-            method.load_state_dict(file.weights)
+            method = MoCo(**hyper_parameters | {"backbone": module or settings})
+            method.load_state_dict(weights)
         except (TypeError, RuntimeError) as error:
             raise InputError(f"its weights do not fit its own hyperparameters ({error})") from error
         encoder: Any = method.key_encoder

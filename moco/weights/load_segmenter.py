@@ -12,6 +12,7 @@ from moco.segmentation.image_segmenter import ImageSegmenter
 from moco.segmentation.pixel_classifier import LARGEST_FORWARD, Inference
 from moco.segmentation.segmenter import Segmenter
 from moco.targets import check_named
+from moco.weights.weight_files import is_segmenter
 
 
 class FineTuned(NamedTuple):
@@ -113,7 +114,7 @@ def load_fine_tuned(
     except InputError as error:
         raise InputError(f"{error}; {expected}") from error
     learned = content["hyper_parameters"]
-    if "decoder" not in learned:
+    if not is_segmenter(learned):
         raise InputError(f"checkpoint={path}: {expected}, and this one has no decoder; {advice}")
     named = learned["backbone"].get("target")
     try:

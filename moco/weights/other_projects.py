@@ -14,10 +14,12 @@ KEY = "key_encoder."
 BACKBONE = "query_encoder.backbone."
 PROJECTOR = "query_encoder.projector."
 DENSE_PROJECTOR = "query_encoder.dense_projector."
+DECODER = "query_encoder.decoder."
 PREDICTOR = "predictor."
 KEY_BACKBONE = "key_encoder.backbone."
 KEY_PROJECTOR = "key_encoder.projector."
 KEY_DENSE_PROJECTOR = "key_encoder.dense_projector."
+KEY_DECODER = "key_encoder.decoder."
 HEADS = (PROJECTOR, DENSE_PROJECTOR, PREDICTOR, KEY_PROJECTOR, KEY_DENSE_PROJECTOR)
 QUEUES = ("queue.", "reverse_queue.", "dense_queue.", "reverse_dense_queue.")
 
@@ -33,10 +35,12 @@ class Part(NamedTuple):
 METHOD_PARTS = {
     BACKBONE: Part("backbone"),
     PROJECTOR: Part("projector"),
+    DECODER: Part("decoder"),
     DENSE_PROJECTOR: Part("dense projector"),
     PREDICTOR: Part("predictor", PROJECTOR),
     KEY_BACKBONE: Part("key encoder's backbone"),
     KEY_PROJECTOR: Part("key encoder's projector", PROJECTOR),
+    KEY_DECODER: Part("key encoder's decoder", DECODER),
     KEY_DENSE_PROJECTOR: Part("key encoder's dense projector", DENSE_PROJECTOR),
     "queue.": Part("queue", KEY_PROJECTOR),
     "reverse_queue.": Part("reverse queue", KEY_PROJECTOR),

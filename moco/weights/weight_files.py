@@ -121,7 +121,7 @@ def from_checkpoint(content: dict[str, Any], source: str) -> WeightFile:
     hyper_parameters = content["hyper_parameters"]
     if not isinstance(hyper_parameters.get("backbone"), dict):
         raise InputError("not written by moco.train (its hyper_parameters have no backbone)")
-    if "decoder" in hyper_parameters:
+    if is_segmenter(hyper_parameters):
         return from_segmenter(content)
     epoch = content["figures"].get("epoch", 0)
     return WeightFile(
@@ -133,6 +133,14 @@ def from_checkpoint(content: dict[str, Any], source: str) -> WeightFile:
         settings=hyper_parameters["backbone"],
         hyper_parameters=hyper_parameters,
     )
+
+
+def is_segmenter(hyper_parameters: dict[str, Any]) -> bool:
+    """Whether a checkpoint with these hyperparameters is of moco.segment, not of moco.train.
+
+    Both may name a decoder: moco.segment with its settings, moco.train by its name alone.
+    """
+    return isinstance(hyper_parameters.get("decoder"), dict)
 
 
 def from_segmenter(content: dict[str, Any]) -> WeightFile:

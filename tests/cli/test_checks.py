@@ -94,6 +94,11 @@ LEARNED = ["backbone=vit_tiny_patch4", "backbone.learned_positions=4"]
         (["backbone=resnet_tiny", *DENSE], [64, 56], "a map of 8 x 8 cells"),
         (["backbone=resnet_tiny", *DENSE, "method.dense_grid=1"], [64], None),  # a plain mean
         (["backbone=resnet_tiny"], [64], None),
+        (
+            ["backbone=resnet_tiny", *DENSE, "method.decoder=fpn"],
+            [56],
+            "pooling of a map of 56 x 56 cells to method.dense_grid=7 (a grid of 56",
+        ),
         (LEARNED, [16], None),
         (LEARNED, [24], "backbone.learned_positions=4 to the 6 x 6 patches of images of 24 px"),
         (["backbone=vit_tiny_patch4"], [24], None),  # fixed positions are computed, not resized

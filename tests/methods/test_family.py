@@ -79,6 +79,8 @@ SHARED = {
     "key_momentum": 0.999, "key_momentum_schedule": "constant", "key_momentum_end": 1.0, "symmetric": False,
     "symmetric_reduction": "sum", "loss_times_2t": False, "batch_norm": "auto", "batch_norm_splits": 8,
     "dense_weight": 0.0, "dense_grid": 7, "dense_match": "feature", "local_crops": 0, "mask_own_group": False,
+    "neighbours": 0, "neighbours_weight": 0.5, "neighbours_from_epoch": 0,
+    "decoder": None, "decoder_channels": None,
 }  # fmt: skip
 HEAD = {"hidden_dim": None, "hidden_batch_norm": False, "last_batch_norm": False, "bias": True}
 

@@ -125,6 +125,17 @@ def test_the_default_settings_are_measured_in_the_trainer(measured):
 
 
 @pytest.mark.slow
+def test_switches_are_measured_beside_the_plain_method(measured):
+    pytest.importorskip("segmentation_models_pytorch")
+    rows = measured("switches")
+    counts = ["neighbours=1", "neighbours=5", "neighbours=20"]
+    assert contenders(rows, "tiny, neighbours") == ["plain", "plain, again", *counts]
+    terms = ["dense term", "dense term on an FPN", "dense term on an FPN of 128 channels"]
+    assert contenders(rows, "tiny, decoder") == ["plain", *terms]
+    assert all(row["ratios"].keys() == {"plain"} for row in rows.values())
+
+
+@pytest.mark.slow
 def test_the_loss_is_measured_in_time_and_memory(measured):
     rows = measured("loss", "--only", "N 8*", "memory*ours")
     assert contenders(rows, "N 8, K 64") == ["two matrix products", "ours", "plain form"]

@@ -11,16 +11,14 @@ from moco.errors import InputError
 from moco.evaluation.features import evaluating
 from moco.extras import install_command
 from moco.models.backbones import build_backbone
+from moco.models.pyramid import PYRAMID_DECODERS
 from moco.segmentation.decoders import (
     DECODERS,
-    PYRAMID_DECODERS,
     LinearDecoder,
     SegmentationModel,
     build_decoder,
     choose_decoder,
     enlarge_logits,
-    pad_to_exact_doubles,
-    resample_to_pyramid,
 )
 
 BACKBONES = {
@@ -74,15 +72,6 @@ def test_pixels_beyond_the_last_cell_get_the_nearest_logits():
     assert torch.equal(longer[..., 20:], whole[..., -1:].expand(-1, -1, -1, 3))
 
 
-def test_maps_are_padded_to_exact_doubles_for_the_fpn():
-    maps = [torch.randn(1, 1, side, side + 1) for side in (9, 5, 3, 2)]
-    padded = pad_to_exact_doubles(maps)
-    assert [tuple(x.shape[-2:]) for x in padded] == [(16, 24), (8, 12), (4, 6), (2, 3)]
-    for x, y in zip(maps, padded, strict=True):
-        height, width = x.shape[-2:]
-        assert torch.equal(y[..., :height, :width], x)
-
-
 def test_the_linear_decoder_is_linear_in_the_joined_features():
     decoder = LinearDecoder((2, 3, 4, 5), num_classes=3, strides=(4, 8, 16, 32)).eval()
     maps = [torch.randn(2, dim, side, side) for dim, side in ((2, 8), (3, 4), (4, 2), (5, 1))]
@@ -99,25 +88,6 @@ def test_the_linear_decoder_takes_maps_of_one_stride_as_they_are():
     expected = sum(layer(x) for layer, x in zip(decoder.layers, maps, strict=True))
     torch.testing.assert_close(decoder(maps), expected)
     assert decoder.stride == 16
-
-
-def test_maps_of_one_stride_become_a_pyramid_of_the_same_places():
-    num_rows, num_columns = 6, 8
-    centres = torch.arange(num_rows) + 0.5  # the rows' centres, in cells
-    rows = centres.view(1, 1, -1, 1).expand(1, 1, num_rows, num_columns)
-    pyramid = resample_to_pyramid([rows] * 4)
-    assert [tuple(x.shape[2:]) for x in pyramid] == [(24, 32), (12, 16), (6, 8), (3, 4)]
-    for x, cells in zip(pyramid, (1 / 4, 1 / 2, 1, 2), strict=True):
-        centres = (torch.arange(x.shape[2]) + 0.5) * cells
-        # The first and last half cell repeat the outermost one.
-        inner = (centres > 0.5) & (centres < num_rows - 0.5)
-        torch.testing.assert_close(x[0, 0, inner, 0], centres[inner])
-
-
-def test_the_coarsest_map_of_a_pyramid_averages_the_cells_that_there_are():
-    pyramid = resample_to_pyramid([torch.ones(1, 1, 5, 1)] * 4)
-    assert [tuple(x.shape[2:]) for x in pyramid] == [(20, 4), (10, 2), (5, 1), (3, 1)]
-    assert (pyramid[-1] == 1).all()
 
 
 @pytest.mark.parametrize("is_train_called", [False, True])

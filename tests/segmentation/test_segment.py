@@ -17,6 +17,7 @@ from PIL import Image
 
 from moco.cli.build_segmentation import build_data, build_segmenter
 from moco.cli.starting_backbone import find_backbone
+from moco.cli.starting_decoder import find_decoder
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
@@ -408,7 +409,7 @@ def backbone_of(path, encoder="query"):
 def segmenter_of(config):
     start = find_backbone(config)
     class_names = build_data(config, start).source.class_names
-    return build_segmenter(config, start, config.decoder.name, class_names)
+    return build_segmenter(config, start, find_decoder(config, start), class_names)
 
 
 @pytest.mark.parametrize("version", [1, 2])
