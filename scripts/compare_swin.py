@@ -124,21 +124,21 @@ def bias_errors() -> list[tuple[str, float, str]]:
         )
     )
 
-    ours, older = (
-        trained_alike(build_backbone(name, window_size=WINDOW)) for name in ("swin_v2_t", "swin_t")
-    )
-    start = [table_of(layer, WINDOW) for layer in layers_of(ours)]
-    for layer, values in zip(
-        layers_of(older), start, strict=True
-    ):  # V1's free tables hold V2's smooth biases
-        layer.relative_position_bias_table.copy_(values.flatten(0, 1))
+    ours = trained_alike(build_backbone("swin_v2_t", window_size=WINDOW))
+    linear = build_backbone("swin_v2_t", window_size=WINDOW, position_bias="linear_cpb")
+    older = trained_alike(build_backbone("swin_t", window_size=WINDOW))
+    for layer, smooth in zip(layers_of(older), layers_of(ours), strict=True):
+        # V1's free tables hold V2's smooth biases.
+        layer.relative_position_bias_table.copy_(smooth.bias_table((WINDOW, WINDOW)))
     for name, backbone, how in (
         ("Swin V1", older, "the same biases as a table, resized bicubically"),
         ("this project, Swin V2", ours, "normaliser of the pretraining kept"),
+        ("this project, linear coordinates", trained_alike(linear), "the same"),
     ):
+        before = [table_of(layer, WINDOW) for layer in layers_of(backbone)]
         rewindow(backbone, NEW_WINDOW)
         after = [table_of(layer, NEW_WINDOW) for layer in layers_of(backbone)]
-        rows.append((name, bias_error(start, after), how))
+        rows.append((name, bias_error(before, after), how))
     return rows
 
 

@@ -19,15 +19,24 @@ class BackboneConfig:
     stem: Optional[str] = setting(None, choices=("imagenet", "cifar", "solo_cifar"))
     """ResNet. imagenet: a 7x7 convolution of stride 2 and max-pooling. cifar: a 3x3 convolution of
     stride 1, no pooling. solo_cifar: the same with padding 2 instead of 1, as in solo-learn."""
+    norm: Optional[str] = setting(None, choices=("pre", "res_post"))
+    """Swin: what Swin V2 changes, part 1. pre (Swin V1): normalise what enters the attention and
+    the MLP of a block. res_post (V2): normalise what they return. See ``docs/backbones.md``."""
+    attention: Optional[str] = setting(None, choices=("dot", "cosine"))
+    """Swin: part 2. dot (V1): dot products of queries and keys. cosine (V2): their cosines, with a
+    learned scale for each head."""
+    position_bias: Optional[str] = setting(None, choices=("table", "linear_cpb", "log_cpb"))
+    """Swin: part 3. table (V1): a learned number for each offset. An MLP of the offset on a linear
+    scale (linear_cpb) or a log scale (log_cpb, V2) keeps its biases in other windows."""
     window_size: Any = None
     """Swin: side of the attention windows, cells. One number, or a list with one per stage."""
     pretrained_window_size: Any = None
-    """Swin V2: the window of the pretraining, if it is not window_size. One number, or a list with
-    one per stage."""
+    """Swin with an MLP for position_bias: the window of the pretraining, if it is not window_size.
+    One number, or a list with one per stage."""
     pretrained_image_size: Optional[int] = setting(None, at_least=4)
-    """Swin V2: image side of the pretraining, px. The windows that normalise position biases are
-    clipped to the maps of such images, as in Microsoft's code and timm. Null: they are not clipped.
-    See ``docs/swin_v2.md``."""
+    """Swin with an MLP for position_bias: image side of the pretraining, px. The windows that
+    normalise the offsets are clipped to the maps of such images, as in Microsoft's code and timm.
+    Null: they are not clipped. See ``docs/swin_v2.md``."""
     stochastic_depth: Optional[float] = setting(None, at_least=0, at_most=0.99)
     """Swin, ViT: probability that an image skips the branches of the last block. It rises linearly
     from 0 at the first block."""

@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from moco.errors import InputError, unknown_name
 from moco.models.contract import check_contract
 from moco.models.resnet import ResNet
-from moco.models.swin.backbone import Swin
+from moco.models.swin.backbone import SWITCHES, Swin
 from moco.models.timm_backbone import TimmBackbone
 from moco.models.vit import VisionTransformer
 from moco.targets import GIVEN, call_target, check_options, import_target
@@ -21,9 +21,11 @@ SWIN_TINY = (32, (2, 2, 2, 2), (1, 2, 4, 8))
 SWIN_T = (96, (2, 2, 6, 2), (3, 6, 12, 24))
 SWIN_S = (96, (2, 2, 18, 2), (3, 6, 12, 24))
 SWIN_B = (128, (2, 2, 18, 2), (4, 8, 16, 32))
+SWIN_V1 = {"norm": "pre", "attention": "dot", "position_bias": "table"}
+SWIN_V2 = {"norm": "res_post", "attention": "cosine", "position_bias": "log_cpb"}
 
 # A partial fixes what it gives by position. What it gives by keyword is a default for users.
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
+BACKBONES: dict[str, partial[Any]] = {
     "resnet_tiny": partial(ResNet, BasicBlock, (1, 1, 1, 1), width=16),
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
@@ -31,16 +33,16 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
     "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
     "wide_resnet50_2": partial(ResNet, Bottleneck, (3, 4, 6, 3), width_per_group=128),
-    "swin_tiny_patch2": partial(Swin, 1, *SWIN_TINY, patch_size=2, window_size=4),
-    "swin_tiny_patch4": partial(Swin, 1, *SWIN_TINY),
-    "swin_t": partial(Swin, 1, *SWIN_T),
-    "swin_s": partial(Swin, 1, *SWIN_S),
-    "swin_b": partial(Swin, 1, *SWIN_B),
-    "swin_v2_tiny_patch2": partial(Swin, 2, *SWIN_TINY, patch_size=2, window_size=4),
-    "swin_v2_tiny_patch4": partial(Swin, 2, *SWIN_TINY),
-    "swin_v2_t": partial(Swin, 2, *SWIN_T),
-    "swin_v2_s": partial(Swin, 2, *SWIN_S),
-    "swin_v2_b": partial(Swin, 2, *SWIN_B),
+    "swin_tiny_patch2": partial(Swin, *SWIN_TINY, patch_size=2, window_size=4, **SWIN_V1),
+    "swin_tiny_patch4": partial(Swin, *SWIN_TINY, **SWIN_V1),
+    "swin_t": partial(Swin, *SWIN_T, **SWIN_V1),
+    "swin_s": partial(Swin, *SWIN_S, **SWIN_V1),
+    "swin_b": partial(Swin, *SWIN_B, **SWIN_V1),
+    "swin_v2_tiny_patch2": partial(Swin, *SWIN_TINY, patch_size=2, window_size=4, **SWIN_V2),
+    "swin_v2_tiny_patch4": partial(Swin, *SWIN_TINY, **SWIN_V2),
+    "swin_v2_t": partial(Swin, *SWIN_T, **SWIN_V2),
+    "swin_v2_s": partial(Swin, *SWIN_S, **SWIN_V2),
+    "swin_v2_b": partial(Swin, *SWIN_B, **SWIN_V2),
     "vit_tiny_patch4": partial(VisionTransformer, 4, 64, 4, num_heads=4),
     "vit_small": partial(VisionTransformer, 16, 384, 12, num_heads=12),
     "vit_b_16": partial(VisionTransformer, 16, 768, 12, num_heads=12),
@@ -143,6 +145,39 @@ def settings_of_backbone(name: str) -> list[str]:
         if parameter.kind == parameter.KEYWORD_ONLY:
             settings.append(key)
     return settings
+
+
+def switches_of_swin(settings: dict[str, Any]) -> dict[str, str]:
+    """Return a Swin's ``norm``, ``attention`` and ``position_bias``; {} for other backbones.
+
+    Args:
+        settings: the arguments of `build_backbone`.
+    """
+    build = BACKBONES.get(settings["name"])
+    if build is None or build.func is not Swin:
+        return {}
+    switches = {}
+    for key in SWITCHES:
+        switches[key] = settings.get(key) or build.keywords[key]
+    return switches
+
+
+def usual_name(settings: dict[str, Any]) -> str:
+    """Return the name that a backbone has without any of its switches, or else its own name.
+
+    A swin_t with all three changes of Swin V2 is a swin_v2_t.
+
+    Args:
+        settings: the arguments of `build_backbone`.
+    """
+    name = settings["name"]
+    switches = switches_of_swin(settings)
+    if switches:
+        for other, build in BACKBONES.items():
+            is_as_large = build.func is Swin and build.args == BACKBONES[name].args
+            if is_as_large and switches_of_swin({"name": other}) == switches:
+                return other
+    return name
 
 
 def build_backbone(name: str, **settings: Any) -> Any:

@@ -18,6 +18,7 @@ from moco.models.backbones import (
     CUSTOM,
     build_backbone,
     settings_of_backbone,
+    switches_of_swin,
 )
 from moco.models.swin.backbone import Swin, one_or_each
 from moco.models.vit import learned_grid_side
@@ -29,6 +30,7 @@ from moco.weights.library_names import (
     first_of_each_stage,
     from_sequential,
     pretrained_windows,
+    switches_seen,
     to_our_names,
 )
 from moco.weights.other_projects import BACKBONE_ALONE, MOCO_V3, SOLO_LEARN
@@ -62,17 +64,23 @@ def complete_settings(weights: Weights, origin: str, given: dict[str, Any]) -> d
     Raises:
         InputError: no backbone fits or several do, or a setting is neither shown nor given.
     """
-    name = given.get("name") or recognised_backbone(weights)
-    seen = settings_seen(weights, name, origin)
-    settings = {"name": name} | seen | given
+    if given.get("name"):
+        start = {"name": given["name"]}
+    else:
+        start = recognised_backbone(weights)
+    seen = settings_seen(weights, start["name"], origin)
+    if switches_of_swin(start | given).get("position_bias") == "table":
+        # A table has no pretraining window. `to_our_names` says that these weights have an MLP.
+        seen.pop("pretrained_window_size", None)
+    settings = start | seen | given
     if "window_size" in seen:
         settings["window_size"] = seen["window_size"]
     check_hidden_settings(origin, settings, "pretrained_window_size" in seen)
     return settings
 
 
-def recognised_backbone(weights: Weights) -> str:
-    """Return the one backbone that the weights fit.
+def recognised_backbone(weights: Weights) -> dict[str, Any]:
+    """Return the name of the one backbone that the weights fit, and its switches if it is a Swin.
 
     Raises:
         InputError: no backbone or several backbones fit.
@@ -81,22 +89,41 @@ def recognised_backbone(weights: Weights) -> str:
     if len(fitting) != 1:
         fit = " and ".join(fitting) or "no backbone"
         raise InputError(f"its tensors' shapes fit {fit}; give backbone=NAME")
-    log.info("backbone=%s, recognised by its tensors' shapes", fitting[0])
-    return fitting[0]
+    name = fitting[0]
+    recognised = {"name": name} | unusual_switches(weights, name)
+    log.info("backbone=%s, recognised by its tensors' shapes", described(recognised))
+    return recognised
 
 
 def fitting_backbones(weights: Weights) -> list[str]:
-    """Return every backbone that has tensors of these names and shapes."""
-    fitting = []
+    """Return every backbone that has tensors of these names and shapes.
+
+    Two names are left for a Swin, as every switch can be set for both versions. The one with fewer
+    changed switches counts.
+    """
+    fitting: dict[str, int] = {}
     for name in BACKBONES:
+        switches = unusual_switches(weights, name)
+        settings = {"name": name} | switches | settings_seen(weights, name)
         try:
-            backbone = build_outline({"name": name, **settings_seen(weights, name)})
+            backbone = build_outline(settings)
             problem = misfit(to_our_names(weights, backbone), backbone.state_dict())
-        except InputError:  # Swin V1 has no pretraining window.
+        except InputError:  # other windows or positions
             continue
         if problem is None:
-            fitting.append(name)
-    return fitting
+            fitting[name] = len(switches)
+    fewest = min(fitting.values(), default=0)
+    return [name for name, changed in fitting.items() if changed == fewest]
+
+
+def unusual_switches(weights: Weights, name: str) -> dict[str, str]:
+    """Return the switches of a Swin that show in its weights and that its name does not have."""
+    usual = switches_of_swin({"name": name})
+    unusual = {}
+    for key, value in switches_seen(weights).items():
+        if key in usual and usual[key] != value:
+            unusual[key] = value
+    return unusual
 
 
 def build_outline(settings: dict[str, Any]) -> Any:
@@ -224,7 +251,7 @@ def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, An
     settings = without_none(built_with)
     if isinstance(backbone, Swin):
         settings["window_size"] = one_or_each(backbone.window_size)
-        if backbone.version == 2:
+        if backbone.switches["position_bias"] != "table":
             settings["pretrained_window_size"] = one_or_each(backbone.pretrained_window_size)
             # The pretraining windows are clipped to its maps already.
             settings.pop("pretrained_image_size", None)
@@ -257,13 +284,14 @@ def check_hidden_settings(origin: str, settings: dict[str, Any], are_windows_sav
     Args:
         origin: the project that the weights are from.
         settings: the arguments of `build_backbone`, seen or given.
-        are_windows_saved: tables in the file tell the pretraining windows of a Swin V2.
+        are_windows_saved: tables in the file tell the pretraining windows of a Swin.
 
     Raises:
         InputError: a setting changes the features, and neither file nor user say it.
     """
     name = settings["name"]
-    if name.startswith("swin_v2") and not are_windows_saved:
+    has_coordinates = switches_of_swin(settings).get("position_bias", "table") != "table"
+    if has_coordinates and not are_windows_saved:
         check_pretraining_windows(settings)
     if name == "vit_small" and "num_heads" not in settings and origin != MOCO_V3:
         raise InputError(
@@ -278,7 +306,7 @@ def check_hidden_settings(origin: str, settings: dict[str, Any], are_windows_sav
 
 
 def check_pretraining_windows(settings: dict[str, Any]) -> None:
-    """Check that the settings say which windows normalise a Swin V2's coordinates.
+    """Check that the settings say which windows normalise a Swin's coordinates.
 
     This is for files without tables of the coordinates, which would say it.
     A list of four is taken as it stands, and so is one window that fits the last map of usual

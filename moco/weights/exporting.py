@@ -137,7 +137,7 @@ def timm_arguments(backbone: Any, image_size: int) -> dict[str, Any]:
         arguments["img_size"] = whole_patches(backbone, image_size)
     if isinstance(backbone, Swin):
         arguments["window_size"] = one_or_each(backbone.window_size)
-        if backbone.version == 2:
+        if backbone.switches["position_bias"] != "table":
             arguments["pretrained_window_sizes"] = list(backbone.pretrained_window_size)
     return arguments
 
@@ -163,9 +163,7 @@ def torchvision_lines(name: str, backbone: Any, image_size: int) -> list[str]:
     elif isinstance(backbone, Swin):
         function = "swin_transformer.SwinTransformer"
         classifier = "head"
-        suffix = ""
-        if backbone.version == 2:
-            suffix = "V2"
+        block, merging = torchvision_parts(backbone.switches)
         depths = []
         num_heads = []
         for blocks in backbone.stages():
@@ -177,14 +175,16 @@ def torchvision_lines(name: str, backbone: Any, image_size: int) -> list[str]:
             "depths": depths,
             "num_heads": num_heads,
             "window_size": [backbone.window_size[0]] * 2,
-            "block": f"models.swin_transformer.SwinTransformerBlock{suffix}",
-            "downsample_layer": f"models.swin_transformer.PatchMerging{suffix}",
+            "block": block,
+            "downsample_layer": merging,
         }
     else:
         function = name
         classifier = "fc"
-    lines = [
-        "import torch",
+    lines = ["import torch"]
+    if arguments.get("block", "").startswith("partial("):
+        lines.append("from functools import partial")
+    lines += [
         "from torchvision import models",
         f"model = models.{function}({listed(arguments)})",
         f"model.{classifier} = torch.nn.Identity()",
@@ -192,6 +192,28 @@ def torchvision_lines(name: str, backbone: Any, image_size: int) -> list[str]:
     if bands_of(backbone) != RGB_BANDS:
         lines.append(stem_line(backbone))
     return lines
+
+
+def torchvision_parts(switches: dict[str, str]) -> tuple[str, str]:
+    """Return torchvision's classes for the blocks and the patch merging of a Swin, as Python code.
+
+    A block has the attention of its own version of Swin, or is given the other one.
+
+    Args:
+        switches: of the `Swin`, which torchvision has.
+    """
+    norm_suffix = "V2"
+    if switches["norm"] == "pre":
+        norm_suffix = ""
+    attention_suffix = "V2"
+    if switches["attention"] == "dot":
+        attention_suffix = ""
+    module = "models.swin_transformer"
+    block = f"{module}.SwinTransformerBlock{norm_suffix}"
+    if attention_suffix != norm_suffix:
+        attention = f"{module}.ShiftedWindowAttention{attention_suffix}"
+        block = f"partial({block}, attn_layer={attention})"
+    return block, f"{module}.PatchMerging{norm_suffix}"
 
 
 def bands_of(backbone: Any) -> int:

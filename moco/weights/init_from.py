@@ -1,14 +1,16 @@
 """Start a new run with the weights of a file: the setting ``init_from``."""
 
 import logging
+from typing import Any
 
 import torch
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
+from moco.models.swin.backbone import Swin
 from moco.weights.architecture import build_outline, complete_settings, misfit, without_none
 from moco.weights.inflation import fit_bands
-from moco.weights.library_names import Weights, to_our_names
+from moco.weights.library_names import Weights, check_switches, to_our_names
 from moco.weights.other_projects import BACKBONE, KEY, KEY_BACKBONE, METHOD_PARTS, QUERY
 from moco.weights.weight_files import (
     WeightFile,
@@ -112,17 +114,19 @@ def with_bands_of(weights: Weights, method: MoCo) -> Weights:
 
 def check_backbone(file: WeightFile, weights: Weights, method: MoCo) -> None:
     """Raise InputError if the file's backbone does not fit the method's."""
-    backbone = method.query_encoder.backbone
+    backbone: Any = method.query_encoder.backbone
+    outline = None
+    if file.settings is not None:
+        outline = build_outline(file.settings)
+    if isinstance(outline, Swin) and isinstance(backbone, Swin):
+        check_switches(outline.switches, backbone.switches)
     problem = misfit(part_of(weights, BACKBONE), backbone.state_dict())
     if problem is not None:
         name = method.hparams["backbone"]["name"]
         raise InputError(f"its weights do not fit backbone={name}: {problem}")
-    if file.settings is None:
-        return
-    # These settings change the features, and the shapes of the tensors do not show them.
-    outline = build_outline(file.settings)
     if outline is None:
         return
+    # These settings change the features, and the shapes of the tensors do not show them.
     for key in ("pretrained_window_size", "num_heads"):
         there = getattr(outline, key, None)
         here = getattr(backbone, key, None)

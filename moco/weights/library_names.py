@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from moco.errors import InputError
+from moco.models.backbones import SWIN_V1, SWIN_V2, switches_of_swin, usual_name
 from moco.models.size_constants import Size
-from moco.models.swin.attention import WindowAttention, WindowAttentionV2
+from moco.models.swin.attention import WindowAttention
 from moco.models.swin.backbone import Swin, clipped_windows, one_or_each
-from moco.models.swin.windows import log_coordinates, relative_positions
+from moco.models.swin.windows import offset_coordinates, relative_positions
 from moco.models.timm_backbone import TimmBackbone
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
 
@@ -77,7 +78,12 @@ def counterpart(settings: dict[str, Any], library: str) -> str:
     Raises:
         InputError: the library has no such model.
     """
-    name = settings["name"]
+    switches = switches_of_swin(settings)
+    if switches and library == "torchvision":
+        check_torchvision_has(switches)
+    elif switches and library == "timm":
+        check_timm_has(switches)
+    name = usual_name(settings)
     stem = settings.get("stem") or "imagenet"
     if name in TIMM_MODELS and stem != "imagenet":
         name += f" with stem={stem}"
@@ -110,12 +116,14 @@ def to_torchvision(backbone: nn.Module, image_size: int = 224) -> Weights:
         image_size: side of the images, px, for ViT.
 
     Raises:
-        InputError: the window differs between the stages, which torchvision cannot have.
+        InputError: torchvision has no Swin with these switches, or the window differs between the
+            stages, which torchvision cannot have.
     """
     weights = dict(backbone.state_dict())
     if isinstance(backbone, VisionTransformer):
         weights[POSITIONS] = positions_for(backbone, image_size)
     if isinstance(backbone, Swin):
+        check_torchvision_has(backbone.switches)
         windows = list(backbone.window_size)
         if len(set(windows)) > 1:
             raise InputError(
@@ -126,23 +134,56 @@ def to_torchvision(backbone: nn.Module, image_size: int = 224) -> Weights:
     return weights
 
 
+def check_torchvision_has(switches: dict[str, str]) -> None:
+    """Raise InputError if no class of torchvision has a Swin's switches.
+
+    torchvision's blocks have either norm and take either attention, but its attention with dot
+    products has a table and that with cosines has an MLP. The MLP reads coordinates that are saved
+    with the weights, so linear ones are as good as log-spaced ones.
+    """
+    is_dot = switches["attention"] == "dot"
+    has_table = switches["position_bias"] == "table"
+    if is_dot != has_table:
+        raise InputError(
+            f"format=torchvision: torchvision has no Swin with {listed_switches(switches)} (dot "
+            "products have a table there, and cosines an MLP); format=safetensors keeps the names "
+            "of this project"
+        )
+
+
+def check_timm_has(switches: dict[str, str]) -> None:
+    """Raise InputError if timm has no Swin with these switches: it has Swin V1 and Swin V2."""
+    if switches not in (SWIN_V1, SWIN_V2):
+        raise InputError(
+            f"format=timm: timm has no Swin with {listed_switches(switches)}, only Swin V1 and "
+            "Swin V2; format=safetensors keeps the names of this project"
+        )
+
+
+def listed_switches(switches: dict[str, str]) -> str:
+    """Return switches of a Swin as on a command line."""
+    return ", ".join(f"{key}={value}" for key, value in switches.items())
+
+
 def window_tables(backbone: Swin) -> Weights:
     """Return what torchvision's Swin computes from its windows and saves with the weights."""
     tables = {}
     for name, module in backbone.named_modules():
-        if isinstance(module, WindowAttention):
-            # (cells of a window, cells of a window); all blocks share one tensor.
-            index = relative_positions(module.window_size, torch.device("cpu"))
-            tables[f"{name}.{INDEX}"] = index.clone()
-        if isinstance(module, WindowAttentionV2):
+        if not isinstance(module, WindowAttention):
+            continue
+        # (cells of a window, cells of a window); all blocks share one tensor.
+        index = relative_positions(module.window_size, torch.device("cpu"))
+        tables[f"{name}.{INDEX}"] = index.clone()
+        if module.position_bias != "table":
             windows = (module.window_size, module.pretrained_window_size)
-            tables[f"{name}.{COORDINATES}"] = saved_coordinates(*windows)
+            tables[f"{name}.{COORDINATES}"] = saved_coordinates(*windows, module.position_bias)
     return tables
 
 
-def saved_coordinates(window: Size, pretrained: Size) -> Tensor:
-    """Return V2's log coordinates as torchvision saves them: float32 (1, rows, columns, 2)."""
-    return log_coordinates(window, pretrained, torch.device("cpu")).float()[None]
+def saved_coordinates(window: Size, pretrained: Size, position_bias: str = "log_cpb") -> Tensor:
+    """Return an MLP's coordinates as torchvision saves them: float32 (1, rows, columns, 2)."""
+    coordinates = offset_coordinates(position_bias, window, pretrained, torch.device("cpu"))
+    return coordinates.float()[None]
 
 
 def positions_for(backbone: VisionTransformer, image_size: int) -> Tensor:
@@ -187,18 +228,25 @@ def to_timm(backbone: nn.Module, image_size: int = 224) -> Weights:
         image_size: timm's ``img_size``, px. Where a map is smaller than its window, timm's Swin V1
             has only the middle of the table of position biases. timm's ViT has positions for this
             size.
+
+    Raises:
+        InputError: timm has no Swin with these switches.
     """
+    switches = {}
+    if isinstance(backbone, Swin):
+        switches = backbone.switches
+        check_timm_has(switches)
     weights = {}
     for name, tensor in backbone.state_dict().items():
         theirs = timm_name(name)
-        if isinstance(backbone, Swin) and backbone.version == 2 and name.endswith(".qkv.bias"):
+        if switches.get("attention") == "cosine" and name.endswith(".qkv.bias"):
             query, _, value = tensor.chunk(3)
             # A view would be saved with the whole tensor, so the parts are copied.
             weights[theirs.replace("qkv.bias", "q_bias")] = query.clone()
             weights[theirs.replace("qkv.bias", "v_bias")] = value.clone()
         else:
             weights[theirs] = tensor
-    if isinstance(backbone, Swin) and backbone.version == 1:
+    if isinstance(backbone, Swin) and switches["position_bias"] == "table":
         weights |= clipped_bias_tables(backbone, image_size)
     if isinstance(backbone, VisionTransformer):
         weights[timm_name(POSITIONS)] = positions_for(backbone, image_size)
@@ -206,7 +254,7 @@ def to_timm(backbone: nn.Module, image_size: int = 224) -> Weights:
 
 
 def clipped_bias_tables(backbone: Swin, image_size: int) -> Weights:
-    """Return Swin V1's tables of position biases, under timm's names, as timm clips them."""
+    """Return a Swin's tables of position biases, under timm's names, as timm clips them."""
     tables = {}
     whole_patches = backbone.cells(image_size) * backbone.patch_size
     windows = clipped_windows(whole_patches, backbone.window_size, backbone.patch_size)
@@ -250,12 +298,14 @@ def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
     pretrained with, or a ViT's heads, so the backbone's have to be right.
 
     Raises:
-        InputError: the weights were pretrained with another window, or with other positions, than
-            the backbone has.
+        InputError: the weights were pretrained with another window, with other positions, or with
+            other switches of a Swin, than the backbone has.
     """
     if isinstance(backbone, TimmBackbone):
         return in_timm_backbone(weights, backbone)
     weights = merging_after_its_stage(from_sequential(weights))
+    if isinstance(backbone, Swin):
+        check_switches(switches_seen(weights), backbone.switches)
     check_coordinates(weights, backbone)
     # torchvision's names are ours. Fixed positions of a ViT are in timm's weights alone.
     our_names = {timm_name(POSITIONS): POSITIONS}
@@ -354,8 +404,59 @@ def first_of_each_stage(weights: Weights, ending: str) -> list[Tensor]:
     return list(first.values())
 
 
+def switches_seen(weights: Weights) -> dict[str, str]:
+    """Return the switches of a Swin that show in its weights, under any library's names.
+
+    An MLP of the position bias may read linear or log-spaced coordinates, which shows only where
+    they are saved with it.
+    """
+    switches = {}
+    for name, norm in weights.items():
+        if re.search(r"(features\.[246]|layers\.\d\.downsample)\.norm\.weight$", name):
+            # Patch merging projects 4 C channels to 2 C.
+            projection = weights.get(name.replace("norm", "reduction"))
+            if projection is None:
+                continue
+            if norm.shape == projection.shape[1:]:
+                switches["norm"] = "pre"
+            elif norm.shape == projection.shape[:1]:
+                switches["norm"] = "res_post"
+    if not switches:
+        return {}  # not a Swin
+    switches["attention"] = "dot"
+    for name in weights:
+        if name.endswith("attn.logit_scale"):
+            switches["attention"] = "cosine"
+        elif name.endswith("attn.relative_position_bias_table"):
+            switches["position_bias"] = "table"
+    kind = kind_of_coordinates(first_of_each_stage(weights, COORDINATES))
+    if kind is not None:
+        switches["position_bias"] = kind
+    return switches
+
+
+def check_switches(theirs: dict[str, str], own: dict[str, str]) -> None:
+    """Raise InputError if the weights of a Swin have other switches than the backbone.
+
+    Args:
+        theirs: the switches of the weights, as far as they are known.
+        own: those of the backbone.
+    """
+    wanted = {}
+    for key, value in theirs.items():
+        if key in own and own[key] != value:
+            wanted[key] = value
+    if wanted:
+        here = {key: own[key] for key in wanted}
+        remedy = " ".join(f"backbone.{key}={value}" for key, value in wanted.items())
+        raise InputError(
+            f"its weights are of a Swin with {listed_switches(wanted)}, and the backbone has "
+            f"{listed_switches(here)}; set {remedy}"
+        )
+
+
 def check_coordinates(weights: Weights, backbone: nn.Module) -> None:
-    """Raise InputError if a Swin V2's weights were pretrained with other windows than assumed."""
+    """Raise InputError if a Swin's weights were pretrained with other windows than assumed."""
     tables = first_of_each_stage(weights, COORDINATES)
     if not isinstance(backbone, Swin) or len(tables) != 4:
         return
@@ -370,8 +471,29 @@ def check_coordinates(weights: Weights, backbone: nn.Module) -> None:
         )
 
 
+def kind_of_coordinates(tables: Sequence[Tensor]) -> str | None:
+    """Return the position_bias whose MLP reads tables of coordinates.
+
+    On a linear scale two cells lie twice as far as one. On a log scale they lie at most 1.9 times
+    as far, for windows of up to 64 cells.
+
+    Args:
+        tables: (1, 2 window - 1, 2 window - 1, 2) each, as torchvision saves them. Without one of a
+            window of at least three cells the result is None.
+    """
+    for table in tables:
+        middle = table.shape[1] // 2
+        if middle >= 2:
+            one_cell = float(table[0, middle + 1, middle, 0])
+            two_cells = float(table[0, middle + 2, middle, 0])
+            if two_cells > 1.95 * one_cell:
+                return "linear_cpb"
+            return "log_cpb"
+    return None
+
+
 def pretrained_windows(tables: Sequence[Tensor], usual: Sequence[int]) -> list[int]:
-    """Return the windows that normalise tables of log coordinates, as torchvision saves them.
+    """Return the windows that normalise tables of coordinates, as torchvision saves them.
 
     The offset of one cell tells. A window of a single cell has no such offset, so it is the usual
     one.
@@ -380,11 +502,14 @@ def pretrained_windows(tables: Sequence[Tensor], usual: Sequence[int]) -> list[i
         tables: (1, 2 window - 1, 2 window - 1, 2) each.
         usual: one window for each table, cells.
     """
+    is_linear = kind_of_coordinates(tables) == "linear_cpb"
     windows = []
     for table, window in zip(tables, usual, strict=True):
         middle = table.shape[1] // 2
         if middle > 0:
             one_cell = float(table[0, middle + 1, middle, 0])
-            window = round(8 / (2 ** (3 * one_cell) - 1) + 1)
+            if not is_linear:
+                one_cell = (2 ** (3 * one_cell) - 1) / 8
+            window = round(1 / one_cell + 1)
         windows.append(window)
     return windows

@@ -13,7 +13,7 @@ from moco.methods.moco import MoCo
 from moco.models.backbones import CUSTOM, build_backbone
 from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
-from moco.models.swin.backbone import Swin
+from moco.models.swin.backbone import SWITCHES, Swin
 from moco.models.swin.window_change import rewindow, suggest_window
 from moco.targets import GIVEN, check_named
 from moco.weights.architecture import (
@@ -41,7 +41,7 @@ from moco.weights.weight_files import (
 log = logging.getLogger(__name__)
 
 # These change what a backbone's tensors mean. A checkpoint of ours says which ones it has.
-ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions", "model", "options")
+ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions", "model", "options", *SWITCHES)
 
 
 class Pretrained(NamedTuple):
@@ -294,7 +294,9 @@ def check_architecture(there: dict[str, Any], given: dict[str, Any]) -> None:
     outline = build_outline(there)
     for key in ARCHITECTURE:
         own = there.get(key)
-        if own is None:
+        if own is None and key in SWITCHES:
+            own = getattr(outline, "switches", {}).get(key)
+        elif own is None:
             own = getattr(outline, key, None)
         if key in given and given[key] != own:
             raise InputError(

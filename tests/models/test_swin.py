@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import get_model, swin_transformer
 
 from moco.errors import InputError
-from moco.models.backbones import build_backbone
+from moco.models.backbones import SWIN_V1, SWIN_V2, build_backbone
 from moco.models.swin.backbone import Swin, clipped_windows, windows_of
 from moco.models.swin.window_change import rewindow, suggest_window
 from moco.weights.architecture import settings_of
@@ -17,7 +17,8 @@ from moco.weights.library_names import to_our_names, to_torchvision
 
 def small(version=2, **settings):
     """A Swin of 4 px patches, its norms' scales away from zero and its biases far from flat."""
-    made = Swin(version, 24, (2, 2, 2, 2), (1, 2, 4, 8), **({"window_size": 4} | settings)).eval()
+    settings = {1: SWIN_V1, 2: SWIN_V2}[version] | {"window_size": 4} | settings
+    made = Swin(24, (2, 2, 2, 2), (1, 2, 4, 8), **settings).eval()
     for name, parameter in made.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, 0.5, 0.2)
@@ -139,9 +140,12 @@ def biases(backbone, window):
         ]
 
 
-@pytest.mark.parametrize("window", [18, 12, 8, 4, 3])
-def test_the_bias_of_every_shared_offset_is_the_same_at_another_window(window):
-    backbone = small(window_size=7)
+@pytest.mark.parametrize(
+    ("window", "position_bias"),
+    [(18, "log_cpb"), (12, "log_cpb"), (4, "log_cpb"), (3, "log_cpb"), (18, "linear_cpb"), (4, "linear_cpb")],
+)  # fmt: skip
+def test_the_bias_of_every_shared_offset_is_the_same_at_another_window(window, position_bias):
+    backbone = small(window_size=7, position_bias=position_bias)
     before = biases(backbone, 7)
     after = biases(rewindow(backbone, window), window)
     shared = min(7, window)
@@ -294,9 +298,7 @@ def test_the_patch_counts_for_clipped_windows():
         8,
         4,
     )
-    with pytest.raises(
-        InputError, match=r"backbone.pretrained_image_size: Swin V1 has no coordinates"
-    ):
+    with pytest.raises(InputError, match=r"backbone.pretrained_image_size=64: a position_bias=tab"):
         small(version=1, pretrained_image_size=64)
 
 
@@ -312,12 +314,16 @@ def test_settings_of_another_architecture_are_refused():
         build_backbone("resnet18", window_size=7)
     with pytest.raises(InputError, match="this backbone has no attention windows"):
         rewindow(build_backbone("resnet_tiny"), 7)
-    with pytest.raises(InputError, match="Swin V1 has no coordinates to normalise"):
+    with pytest.raises(InputError) as error:
         build_backbone("swin_t", pretrained_window_size=7)
+    assert str(error.value) == (
+        "backbone.pretrained_window_size=7: a position_bias=table has no coordinates to normalise; "
+        "remove it, or set backbone.position_bias=log_cpb"
+    )
 
 
 def test_new_blocks_of_v2_are_the_identity():
-    backbone = Swin(2, 24, (2, 2, 2, 2), (1, 2, 4, 8), window_size=4)
+    backbone = Swin(24, (2, 2, 2, 2), (1, 2, 4, 8), window_size=4)
     x = torch.randn(1, 8, 8, 24)
     assert torch.equal(backbone.features[1](x), x)
 

@@ -10,7 +10,6 @@ from torch.nn import Parameter
 
 from moco.models.swin.attention import (
     WindowAttention,
-    WindowAttentionV2,
     _attend,
     _attend_in_blocks,
     _CPUAttention,
@@ -19,19 +18,25 @@ from moco.models.swin.attention import (
     attend_on_cpu,
     resized_table,
 )
-from moco.models.swin.windows import log_coordinates, relative_positions, window_grid
+from moco.models.swin.windows import offset_coordinates, relative_positions, window_grid
 
 CPU = torch.device("cpu")
 
 
-def attention(version, window, shifted=False, dim=24, num_heads=3):
-    made = (WindowAttention, WindowAttentionV2)[version - 1](
-        dim, [window, window], [0, 0], num_heads
+V1 = ("dot", "table")
+V2 = ("cosine", "log_cpb")
+BETWEEN = [("dot", "linear_cpb"), ("dot", "log_cpb"), ("cosine", "table"), ("cosine", "linear_cpb")]
+
+
+def attention(kind, window, shifted=False, dim=24, num_heads=3):
+    """A layer of random weights. `kind`: its attention and its position bias."""
+    made = WindowAttention(
+        dim, [window, window], [0, 0], num_heads, attention=kind[0], position_bias=kind[1]
     )
     made.shifted = shifted
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    if version == 2:
+    if kind[0] == "cosine":
         torch.nn.init.uniform_(made.logit_scale, 2, 5.5)  # some above the clamp, ln 100 = 4.6
     return made
 
@@ -50,13 +55,13 @@ def by_the_paper(layer, x, size):
     ]
     x = x[:, :height, :width].double()
     weight, bias = layer.qkv.weight.double(), layer.qkv.bias.double().clone()
-    if isinstance(layer, WindowAttentionV2):
+    if layer.attention == "cosine":
         bias = torch.cat([bias[:channels], torch.zeros(channels), bias[2 * channels :]])
     h = layer.num_heads
     query, key, value = (
         F.linear(x, weight, bias).view(n, height * width, 3, h, -1).permute(2, 0, 3, 1, 4)
     )
-    if isinstance(layer, WindowAttentionV2):
+    if layer.attention == "cosine":
         tau = 1 / layer.logit_scale.double().clamp(max=math.log(100)).exp()
         scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1) / tau
     else:
@@ -70,10 +75,10 @@ def by_the_paper(layer, x, size):
     offsets = torch.tensor(
         [[(a - c, b - d) for c, d in cells] for a, b in cells]
     )  # (cells, cells, 2)
-    if isinstance(layer, WindowAttentionV2):
-        reference = layer.pretrained_window_size[0] - 1
-        scaled = offsets.double() * 8 / reference
-        scaled = scaled.sign() * torch.log2(1 + scaled.abs()) / math.log2(8)
+    if layer.position_bias != "table":
+        scaled = offsets.double() / (layer.pretrained_window_size[0] - 1)
+        if layer.position_bias == "log_cpb":
+            scaled = scaled.sign() * torch.log2(1 + (8 * scaled).abs()) / math.log2(8)
         hidden = F.relu(
             scaled @ layer.cpb_mlp[0].weight.double().T + layer.cpb_mlp[0].bias.double()
         )
@@ -100,11 +105,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(("size", "window", "shifted"), CASES)
-def test_outputs_and_gradients_are_the_papers(version, size, window, shifted):
-    layer = attention(version, window, shifted)
-    if window == 1 and version == 2:
+def cases():
+    """Every map for both versions of Swin, and two of the maps for what lies between them."""
+    found = [(kind, *case) for kind in (V1, V2) for case in CASES]
+    return found + [(kind, *case) for kind in BETWEEN for case in (CASES[2], CASES[4])]
+
+
+@pytest.mark.parametrize(("kind", "size", "window", "shifted"), cases())
+def test_outputs_and_gradients_are_the_papers(kind, size, window, shifted):
+    layer = attention(kind, window, shifted)
+    if window == 1:
         layer.pretrained_window_size = (2, 2)
     x = torch.randn(2, *size, 24, requires_grad=True)
     with torch.no_grad():
@@ -144,20 +154,20 @@ def test_gradients_of_the_cpu_function_are_those_of_finite_differences():
 def test_masks_in_two_parts_give_what_one_mask_gives(size, at_once, monkeypatch):
     """On a GPU this way has the gradients too."""
     monkeypatch.setattr("moco.models.swin.attention.MOST_MASK_NUMBERS", at_once)
-    layer = attention(2, 4, shifted=True)
+    layer = attention(V2, 4, shifted=True)
     grid = window_grid(size, (4, 4), True, CPU)
     shape = (2 * grid.num_windows, 3, math.prod(grid.window), 8)
     inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     weights = torch.randn(shape)
     results = []
     for way in (attend, attend_on_cpu):
-        out = way(*inputs, layer.position_bias(grid.window), grid)
+        out = way(*inputs, layer.pair_biases(grid.window), grid)
         layer.zero_grad()
         gradients = torch.autograd.grad((out * weights).sum(), [*inputs, layer.cpb_mlp[0].weight])
         results.append([out, *gradients])
     if at_once == 0 and 0 < len(grid.cut) < grid.num_windows:
         with unittest.mock.patch("moco.models.swin.attention._attend", wraps=_attend) as calls:
-            attend(*inputs, layer.position_bias(grid.window), grid)
+            attend(*inputs, layer.pair_biases(grid.window), grid)
         assert calls.call_count == 2
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -174,7 +184,7 @@ def test_normalising_and_its_gradient_are_those_of_pytorch():
 
 
 def test_a_few_windows_at_a_time_give_what_all_at_once_give(monkeypatch):
-    layer, x = attention(2, 4, shifted=True), torch.randn(3, 11, 11, 24)
+    layer, x = attention(V2, 4, shifted=True), torch.randn(3, 11, 11, 24)
     whole = layer(x)
     whole.sum().backward()
     gradient = layer.cpb_mlp[0].weight.grad.clone()
@@ -204,19 +214,20 @@ def test_attention_is_the_same_whether_its_weights_are_kept(dtype, monkeypatch):
     )
 
 
-def test_float64_layers_attend_in_float64():
-    layer, x = attention(2, 4, shifted=True).double(), torch.randn(2, 9, 9, 24, dtype=torch.float64)
+@pytest.mark.parametrize("kind", [V1, V2, *BETWEEN])
+def test_float64_layers_attend_in_float64(kind):
+    layer = attention(kind, 4, shifted=True).double()
+    x = torch.randn(2, 9, 9, 24, dtype=torch.float64)
     with torch.no_grad():
         without = layer(x)
-    assert (
-        without - by_the_paper(layer, x, (9, 9))
-    ).abs().max() < 1e-6  # of the bias, which is rounded to float32
+    assert (without - by_the_paper(layer, x, (9, 9))).abs().max() < 1e-12
     assert torch.equal(without, layer(x).detach())
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_bfloat16_stays_near_float64_and_finite(gradients):
-    layer = attention(2, 7, shifted=True)
+@pytest.mark.parametrize("kind", [V2, ("dot", "log_cpb")])
+def test_bfloat16_stays_near_float64_and_finite(kind, gradients):
+    layer = attention(kind, 7, shifted=True)
     x = torch.randn(2, 10, 10, 24)
     with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
@@ -229,14 +240,18 @@ def test_bfloat16_stays_near_float64_and_finite(gradients):
         assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-def test_log_coordinates_are_the_papers():
+def test_coordinates_are_the_papers():
     """Section 3.3: from a window of 8 to one of 16 the linear coordinates grow 1.14 times as far beyond, the log ones 0.33."""
-    here, there = log_coordinates((8, 8), (8, 8), CPU), log_coordinates((18, 18), (7, 7), CPU)
+    here = offset_coordinates("log_cpb", (8, 8), (8, 8), CPU)
+    there = offset_coordinates("log_cpb", (18, 18), (7, 7), CPU)
     assert here.shape == (15, 15, 2)
     assert float(here.max()) == pytest.approx(math.log2(9) / 3)
     assert float(there.max()) == pytest.approx(math.log2(1 + 8 * 17 / 6) / 3)
     assert there.tolist()[0][-1] == pytest.approx([-float(there.max()), float(there.max())])
     assert there[17, 17].tolist() == [0, 0]
+    linear = offset_coordinates("linear_cpb", (16, 16), (8, 8), CPU)
+    assert linear[0, 15].tolist() == pytest.approx([-15 / 7, 0])
+    assert float(linear.max()) - 1 == pytest.approx(1.14, abs=0.01)
 
 
 def test_relative_positions_point_at_the_offset():
@@ -253,7 +268,7 @@ def test_a_table_is_resized_with_its_edges_in_place():
     small = table.view(7, 7, 2)
     torch.testing.assert_close(larger[::2, ::2], small)
     kept = Parameter(table)
-    layer = attention(1, 4, num_heads=2)
+    layer = attention(V1, 4, num_heads=2)
     layer.relative_position_bias_table = kept
     layer.set_window((7, 7))
     assert torch.equal(layer.relative_position_bias_table.view(13, 13, 2), larger)

@@ -226,7 +226,7 @@ FAULTS: dict[str, Callable] = {
 def with_fresh_biases(gpu, folder, optimizer):
     """Take steps of a Swin in which every pass must compute its position biases again."""
     counts = {"passes": 0, "biases": 0}
-    forward, position_bias = WindowAttention.forward, WindowAttention.position_bias
+    forward, pair_biases = WindowAttention.forward, WindowAttention.pair_biases
 
     def counted_forward(self, *arguments):
         counts["passes"] += 1
@@ -234,14 +234,14 @@ def with_fresh_biases(gpu, folder, optimizer):
 
     def counted_bias(self, window):
         counts["biases"] += 1
-        return position_bias(self, window)
+        return pair_biases(self, window)
 
     method, batch, _ = on_gpu(folder, [*FAMILIES["swin_v2"], *optimizer])
     method.install_batch_norm("plain")
     steps = method.configure_optimizers()
     with (
         mock.patch.object(WindowAttention, "forward", counted_forward),
-        mock.patch.object(WindowAttention, "position_bias", counted_bias),
+        mock.patch.object(WindowAttention, "pair_biases", counted_bias),
     ):
         for _ in range(2):
             method.training_step(batch, 0)["loss"].backward()

@@ -367,6 +367,7 @@ def test_torchvision_has_one_window_for_all_stages():
         ({"name": "resnet_tiny", "stem": "solo_cifar"}, None),
         ({"name": "swin_tiny_patch2", "window_size": 4}, 6),
         ({"name": "swin_v2_tiny_patch2", "window_size": 4, "stochastic_depth": 0.1}, [8, 8, 6, 4]),
+        ({"name": "swin_v2_tiny_patch2", "window_size": 4, "norm": "pre", "attention": "dot"}, 8),
         ({"name": "vit_tiny_patch4", "learned_positions": 5, "num_heads": 2}, None),
     ],
 )

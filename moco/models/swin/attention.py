@@ -1,32 +1,32 @@
 """Self-attention inside (shifted) windows, correct at any size of the map.
 
-Swin is arXiv 2103.14030, Swin V2 is arXiv 2111.09883. torchvision's layers are mended here, under
-torchvision's parameter names:
+Swin is arXiv 2103.14030, Swin V2 is arXiv 2111.09883. Two of V2's three changes are switches here.
+Names and initial values of the parameters are torchvision's, but unlike there:
 
 - A map that is no multiple of the window is padded before the cyclic shift, and no real cell
   attends to padding.
 - A window larger than the map is clipped to it, and then there is no shift.
-- The log-spaced coordinates of V2's position bias are normalised by the window of the pretraining,
-  whatever the present window is.
+- The coordinates of a position bias that an MLP computes are normalised by the window of the
+  pretraining, whatever the present window is.
 
 Shapes use N for the batch, H and W for the cells of a map, B for the windows of a whole batch, L
 for the cells of a window, h for the heads and d for the width of a head.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torchvision.models import swin_transformer
 
 from moco.models.size_constants import Size
 from moco.models.swin.windows import (
     WindowGrid,
     into_windows,
-    log_coordinates,
+    offset_coordinates,
     out_of_windows,
     relative_positions,
     window_grid,
@@ -36,6 +36,8 @@ MAX_LOGIT_SCALE = 100.0
 """arXiv 2111.09883, section 3.2: tau is at least 0.01."""
 MAX_BIAS = 16.0
 """From the official code: the bias is 16 * sigmoid(MLP(coordinates))."""
+MLP_WIDTH = 512
+"""Of the position bias's hidden layer, as in the official code."""
 SCORES_PER_BLOCK = 2**19
 """Scores that a CPU computes at a time: 2 MiB of float32, which stay in its cache."""
 MOST_MASK_NUMBERS = 2**22
@@ -248,24 +250,72 @@ class _Normalize(torch.autograd.Function):
         return d_x.to(x.dtype), d_scale
 
 
-class WindowAttention(swin_transformer.ShiftedWindowAttention):
-    """Swin's attention: dot products and a learned table of position biases.
+class WindowAttention(nn.Module):
+    """The attention of Swin or Swin V2, or of a network between the two.
 
-    The table belongs to its window. For another one it is resized (`set_window`), which is only an
-    approximation.
+    Args:
+        dim: channels, C.
+        window_size: (height, width) of the windows, cells.
+        shift_size: torchvision's blocks give it. The attribute `shifted` is used in its place,
+            because the shift follows a window that is changed later.
+        num_heads: h.
+        attention: ``dot`` scales the dot products of queries and keys by 1 / sqrt(d). ``cosine``
+            scales the cosines by a learned number for each head, at most 100 (`logit_scale`), and
+            keys have no bias: it would turn them, while to dot products of one query it would add
+            the same number. Source: arXiv 2111.09883, section 3.2, equation 2.
+        position_bias: ``table`` is one learned number for each head and offset. It belongs to its
+            window, and is resized for another one, which is only an approximation. ``linear_cpb``
+            and ``log_cpb`` are 16 * sigmoid of an MLP of the offset (`cpb_mlp`), which sees linear
+            or log-spaced coordinates as fractions of the pretraining window, see
+            `offset_coordinates`. Another window asks it for more offsets, and changes none.
+            Source: section 3.3, equations 3 and 4.
+        attention_dropout, dropout: torchvision's blocks give them; always 0.
     """
 
-    shifted = False
     window_size: Size
+    pretrained_window_size: Size
+    """The window that normalises the MLP's coordinates, cells."""
+    shifted: bool
+    """Whether the windows are shifted by half their side."""
     relative_position_bias_table: nn.Parameter
+    logit_scale: nn.Parameter
+    cpb_mlp: nn.Sequential
 
-    def define_relative_position_index(self) -> None:
-        """Replace torchvision's buffer of positions, which would fix the window.
-
-        Positions are computed when they are needed.
-        """
-        height, width = self.window_size  # a list, from torchvision's constructor
+    def __init__(
+        self,
+        dim: int,
+        window_size: Sequence[int],
+        shift_size: Sequence[int],
+        num_heads: int,
+        *,
+        attention: str,
+        position_bias: str,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        height, width = window_size
         self.window_size = (height, width)
+        self.pretrained_window_size = (height, width)
+        self.shifted = False
+        self.num_heads = num_heads
+        self.attention = attention
+        self.position_bias = position_bias
+        # In the order of torchvision's layers, which draw the same initial values.
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        if position_bias == "table":
+            table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads)  # (offsets, h)
+            nn.init.trunc_normal_(table, std=0.02)
+            self.relative_position_bias_table = nn.Parameter(table)
+        if attention == "cosine":
+            self.logit_scale = nn.Parameter(torch.log(10 * torch.ones(num_heads, 1, 1)))
+        if position_bias != "table":
+            self.cpb_mlp = nn.Sequential(
+                nn.Linear(2, MLP_WIDTH),
+                nn.ReLU(inplace=True),
+                nn.Linear(MLP_WIDTH, num_heads, bias=False),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return maps (N, H, W, C) for maps (N, H, W, C)."""
@@ -277,7 +327,7 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         x = x.view(n * grid.num_windows, length, 3, self.num_heads, -1)  # (B, L, 3, h, d)
         query, key, value = x.permute(2, 0, 3, 1, 4).contiguous()  # (B, h, L, d) each
         query, key = self.scaled(query, key)
-        bias = self.position_bias(grid.window)
+        bias = self.pair_biases(grid.window)
         # torch.compile would unroll the loop over blocks of windows.
         if query.device.type == "cpu" and not torch.compiler.is_compiling():
             x = attend_on_cpu(query, key, value, bias, grid)
@@ -287,15 +337,26 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         return self.proj(out_of_windows(x, grid)).view(n, height, width, channels)
 
     def qkv_bias(self) -> Tensor:
-        """Return the bias of the projection to queries, keys and values."""
-        return self.qkv.bias
+        """Return the bias of the projection to queries, keys and values: (3 C,)."""
+        if self.attention == "dot":
+            return self.qkv.bias
+        query, _, value = self.qkv.bias.chunk(3)
+        return torch.cat([query, torch.zeros_like(query), value])
 
     def scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Return query and key (B, h, L, d) whose dot products are the attention scores."""
-        return query * query.shape[-1] ** -0.5, key
+        """Return query and key (B, h, L, d) whose dot products are the attention scores.
 
-    def position_bias(self, window: Size) -> Tensor:
-        """Return the bias of every pair of cells of a window: (h, L, L) float32.
+        For cosines they are unit vectors, the query's times the scale of its head, in float32.
+        """
+        if self.attention == "dot":
+            return query * query.shape[-1] ** -0.5, key
+        finer = torch.promote_types(query.dtype, torch.float32)
+        logit_scale = self.logit_scale.to(finer).clamp(max=math.log(MAX_LOGIT_SCALE))
+        scale = logit_scale.exp()  # (h, 1, 1)
+        return _Normalize.apply(query, scale), _Normalize.apply(key, torch.ones_like(scale))
+
+    def pair_biases(self, window: Size) -> Tensor:
+        """Return the bias of every pair of cells of a window: (h, L, L), float32 or finer.
 
         It is computed in every pass. A stored bias cannot know when its weights change: fused
         optimizers and some foreach kernels do not count tensor versions.
@@ -309,25 +370,54 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
     def bias_table(self, window: Size) -> Tensor:
         """Return the biases of all offsets in a window: (offsets, h), as in `relative_positions`.
 
+        They are float32, or of the weights' type if that is finer.
+
         Args:
             window: no larger than `window_size`.
         """
-        height, width = self.window_size
-        table = self.relative_position_bias_table.view(2 * height - 1, 2 * width - 1, -1)
-        # The offsets of a smaller window are those in the middle of the table.
-        top = height - window[0]
-        left = width - window[1]
-        inner = table[top : len(table) - top, left : table.shape[1] - left]
-        return inner.flatten(0, 1).float()
+        finer = torch.promote_types(self.qkv.weight.dtype, torch.float32)
+        if self.position_bias == "table":
+            return middle_of_table(self.relative_position_bias_table, self.window_size, window).to(
+                finer
+            )
+        first, _, second = self.cpb_mlp
+        coordinates = offset_coordinates(
+            self.position_bias, window, self.pretrained_window_size, first.weight.device
+        )
+        # In float64, because in float32 the last bits of a bias would depend on how many offsets
+        # there are.
+        coordinates = coordinates.flatten(0, 1)  # (offsets, 2)
+        hidden = F.linear(coordinates, first.weight.double(), first.bias.double())
+        logits = F.linear(F.relu(hidden), second.weight.double())  # (offsets, h)
+        return (MAX_BIAS * torch.sigmoid(logits)).to(finer)
 
     def set_window(self, window: Size) -> None:
-        """Change the window. The table is resized bicubically, edge offsets onto edge offsets."""
-        if window == self.window_size:
-            return
-        table = resized_table(self.relative_position_bias_table.detach(), self.window_size, window)
-        requires_grad = self.relative_position_bias_table.requires_grad
-        self.relative_position_bias_table = nn.Parameter(table, requires_grad)
+        """Change the window, in place.
+
+        With an MLP the offsets that both windows have keep their biases. A table is resized
+        bicubically, edge offsets onto edge offsets.
+        """
+        if self.position_bias == "table" and window != self.window_size:
+            old = self.relative_position_bias_table
+            table = resized_table(old.detach(), self.window_size, window)
+            self.relative_position_bias_table = nn.Parameter(table, old.requires_grad)
         self.window_size = window
+
+
+def middle_of_table(table: Tensor, window: Size, smaller: Size) -> Tensor:
+    """Return the rows of a table of position biases that a smaller window needs.
+
+    Args:
+        table: (offsets, h) of `window`.
+        window: (height, width), cells.
+        smaller: no larger than `window`.
+    """
+    height, width = window
+    image = table.view(2 * height - 1, 2 * width - 1, -1)
+    # The offsets of a smaller window are those in the middle of the table.
+    top = height - smaller[0]
+    left = width - smaller[1]
+    return image[top : len(image) - top, left : image.shape[1] - left].flatten(0, 1)
 
 
 def resized_table(table: Tensor, window: Size, new_window: Size) -> Tensor:
@@ -337,45 +427,3 @@ def resized_table(table: Tensor, window: Size, new_window: Size) -> Tensor:
     new_size = (2 * new_window[0] - 1, 2 * new_window[1] - 1)
     resized = F.interpolate(image.float(), size=new_size, mode="bicubic", align_corners=True)
     return resized.flatten(2)[0].T.to(table.dtype).contiguous()
-
-
-class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttentionV2):
-    """Swin V2's attention: scaled cosines, and position biases from a small MLP.
-
-    The MLP sees log-spaced offsets as fractions of the pretraining window. Another window asks it
-    for more offsets, and changes none. Source: arXiv 2111.09883, sections 3.2 and 3.3.
-    """
-
-    pretrained_window_size: Size
-
-    def define_relative_position_bias_table(self) -> None:
-        """Replace torchvision's buffer of coordinates, which would fix the window."""
-        height, width = self.window_size
-        self.pretrained_window_size = (height, width)
-
-    def qkv_bias(self) -> Tensor:
-        """Return the bias of the projection; keys have none."""
-        query, _, value = self.qkv.bias.chunk(3)
-        return torch.cat([query, torch.zeros_like(query), value])
-
-    def scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Return unit vectors, the query's times the scale of its head, in float32."""
-        finer = torch.promote_types(query.dtype, torch.float32)
-        logit_scale = self.logit_scale.to(finer).clamp(max=math.log(MAX_LOGIT_SCALE))
-        scale = logit_scale.exp()  # (h, 1, 1)
-        return _Normalize.apply(query, scale), _Normalize.apply(key, torch.ones_like(scale))
-
-    def bias_table(self, window: Size) -> Tensor:
-        """Return the biases of all offsets in a window: (offsets, h) float32."""
-        first, _, second = self.cpb_mlp
-        coordinates = log_coordinates(window, self.pretrained_window_size, first.weight.device)
-        # In float64, because in float32 the last bits of a bias would depend on how many offsets
-        # there are.
-        coordinates = coordinates.flatten(0, 1)  # (offsets, 2)
-        hidden = F.linear(coordinates, first.weight.double(), first.bias.double())
-        logits = F.linear(F.relu(hidden), second.weight.double())  # (offsets, h)
-        return (MAX_BIAS * torch.sigmoid(logits)).float()
-
-    def set_window(self, window: Size) -> None:
-        """Change the window. The biases of the offsets that both windows have stay the same."""
-        self.window_size = window

@@ -1,7 +1,7 @@
 """Swin and Swin V2 under the backbone contract, for images of any size.
 
 The network is torchvision's, with its parameter names and with attention of our own, see
-`moco.models.swin.attention`.
+`moco.models.swin.attention`. What Swin V2 changes are three switches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,28 +11,44 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import swin_transformer
 
-from moco.errors import InputError
+from moco.errors import InputError, unknown_name
 from moco.models.contract import PatchBackbone
-from moco.models.swin.attention import WindowAttention, WindowAttentionV2
+from moco.models.swin.attention import WindowAttention
 
+SWITCHES = {
+    "norm": ("pre", "res_post"),
+    "attention": ("dot", "cosine"),
+    "position_bias": ("table", "linear_cpb", "log_cpb"),
+}
+"""What Swin V2 changes, and the choices of each change. The first ones are Swin V1."""
 MAX_WINDOW_SIZE = 64
 """Cells of a side. The scores of one window of 4,096 cells and one head take 64 MiB."""
 
 
 class Swin(PatchBackbone, swin_transformer.SwinTransformer):
-    """Swin or Swin V2 without its classifier; parameter names are torchvision's.
+    """Swin, Swin V2 or a network between them, without its classifier.
+
+    Names and initial values of the parameters are torchvision's. Swin V1 is norm ``pre``, attention
+    ``dot`` and position bias ``table``; Swin V2 is ``res_post``, ``cosine`` and ``log_cpb``. The
+    paper of V2 compares combinations of these (arXiv 2111.09883); here every one can be built.
 
     Args:
-        version: 1 or 2.
         embed_dim: channels of the first stage. The stages double them.
         depths: blocks in each of the four stages.
         num_heads: attention heads in each stage.
+        norm: ``pre`` normalises what enters the attention and the MLP of a block. ``res_post``
+            normalises what they add to the block's input, with scales that start at zero, so that
+            new blocks are the identity. Patch merging normalises before or after its projection.
+            Source: section 3.2 and the official code.
+        attention: scores of ``dot`` products or scaled ``cosine``, see `WindowAttention`.
+        position_bias: a ``table``, or an MLP of linear (``linear_cpb``) or log-spaced
+            (``log_cpb``) coordinates, see `WindowAttention`.
         patch_size: side of a patch, px; a patch is a cell of the first stage.
         window_size: side of the attention windows, cells: one number, or one for each stage.
         pretrained_window_size: the windows with which the weights were, or will be, pretrained.
-            They normalise the coordinates of V2's position bias, and stay when the window is
-            changed later. None: `window_size`.
-        pretrained_image_size: side of the pretraining images, px. The windows that normalise V2's
+            They normalise the coordinates of ``linear_cpb`` and ``log_cpb``, and stay when the
+            window is changed later. None: `window_size`.
+        pretrained_image_size: side of the pretraining images, px. The windows that normalise the
             coordinates are then clipped to the maps of such images, as in Microsoft's code and
             timm, see `clipped_windows`. None: they are not clipped.
         stochastic_depth: chance that an image skips a branch of the last block in training (the
@@ -44,19 +60,24 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
         in_channels: bands of the images.
 
     Raises:
-        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 gets a
-            pretraining window or image size.
+        InputError: a switch has no such choice, a window is no whole number from 1 to
+            `MAX_WINDOW_SIZE`, or there is a pretraining window or image size for a table.
     """
+
+    switches: dict[str, str]
+    """``norm``, ``attention`` and ``position_bias``."""
 
     no_weight_decay_keywords = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
 
     def __init__(
         self,
-        version: int,
         embed_dim: int,
         depths: tuple[int, int, int, int],
         num_heads: tuple[int, int, int, int],
         *,
+        norm: str = "res_post",
+        attention: str = "cosine",
+        position_bias: str = "log_cpb",
         patch_size: int = 4,
         window_size: int | Sequence[int] = 7,
         pretrained_window_size: int | Sequence[int] | None = None,
@@ -67,18 +88,29 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
         partial_patches: str = "complete",
         in_channels: int = 3,
     ) -> None:
+        switches = {"norm": norm, "attention": attention, "position_bias": position_bias}
+        for key, value in switches.items():
+            if value not in SWITCHES[key]:
+                kind = key.replace("_", " ")
+                raise InputError(f"backbone.{key}: {unknown_name(kind, value, SWITCHES[key])}")
         windows = windows_of("window_size", window_size)
-        if version == 1:
-            if pretrained_window_size is not None or pretrained_image_size is not None:
+        pretraining = {
+            "pretrained_window_size": pretrained_window_size,
+            "pretrained_image_size": pretrained_image_size,
+        }
+        for key, value in pretraining.items():
+            if position_bias == "table" and value is not None:
                 raise InputError(
-                    "backbone.pretrained_window_size and backbone.pretrained_image_size: "
-                    "Swin V1 has no coordinates to normalise; remove them or take Swin V2"
+                    f"backbone.{key}={value}: a position_bias=table has no coordinates to "
+                    "normalise; remove it, or set backbone.position_bias=log_cpb"
                 )
-            block = partial(swin_transformer.SwinTransformerBlock, attn_layer=WindowAttention)
+        if norm == "pre":
+            block = swin_transformer.SwinTransformerBlock
             merging = swin_transformer.PatchMerging
         else:
-            block = partial(swin_transformer.SwinTransformerBlockV2, attn_layer=WindowAttentionV2)
+            block = swin_transformer.SwinTransformerBlockV2
             merging = swin_transformer.PatchMergingV2
+        attention_layer = partial(WindowAttention, attention=attention, position_bias=position_bias)
         super().__init__(
             patch_size=[patch_size, patch_size],
             embed_dim=embed_dim,
@@ -86,7 +118,7 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
             num_heads=list(num_heads),
             window_size=[windows[0], windows[0]],
             stochastic_depth_prob=stochastic_depth,
-            block=block,
+            block=partial(block, attn_layer=attention_layer),
             downsample_layer=merging,
         )
         del self.head
@@ -94,7 +126,7 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
             self.features[0][0] = nn.Conv2d(
                 in_channels, embed_dim, kernel_size=patch_size, stride=patch_size
             )
-        self.version = version
+        self.switches = switches
         self.patch_size = patch_size
         self.gradient_checkpointing = gradient_checkpointing
         self.partial_patches = partial_patches
@@ -111,9 +143,8 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
             for number, block in enumerate(blocks):
                 block.attn.shifted = number % 2 == 1
                 block.attn.pretrained_window_size = (window, window)
-                if version == 2:
-                    # Blocks start as the identity, as in the official code (arXiv 2111.09883,
-                    # section 3.2).
+                if norm == "res_post":
+                    # Blocks start as the identity, as in the official code.
                     nn.init.zeros_(block.norm1.weight)
                     nn.init.zeros_(block.norm2.weight)
         self.set_windows(windows)
@@ -199,7 +230,7 @@ def clipped_windows(
 ) -> tuple[int, ...]:
     """Return the windows of the four stages, each no larger than the stage's map.
 
-    Microsoft's code and timm clip a window to its map before they normalise Swin V2's log
+    Microsoft's code and timm clip a window to its map before they normalise Swin V2's
     coordinates by it. For weights that were pretrained there, the result is
     `pretrained_window_size`: (16, 16, 16, 8) of swinv2_tiny_window16_256, and (12, 12, 12, 6) of
     swinv2_base_window12to16_192to256, whose windows were 12 at 192 px.

@@ -12,8 +12,9 @@ from moco.models.swin.backbone import MAX_WINDOW_SIZE, Swin, map_sides, windows_
 def rewindow(backbone: nn.Module, window_size: int | Sequence[int]) -> nn.Module:
     """Change the attention windows of a Swin in place, and return it.
 
-    Swin V2 keeps its position MLP and the window of its pretraining, so the biases of all offsets
-    that both windows have stay the same. Swin V1's tables are resized bicubically.
+    With position_bias ``log_cpb`` (Swin V2) or ``linear_cpb`` the position MLP stays, and so does
+    the pretraining window that normalises its coordinates. So the biases of all offsets that both
+    windows have stay the same. With ``table`` (Swin V1) the tables are resized bicubically.
 
     Args:
         backbone: a `Swin`.
@@ -79,7 +80,8 @@ def suggest_window(
     """Return the window for images of another size.
 
     It covers the share of the image that the pretraining window covered, give or take a tenth. Of
-    these windows it is the one with the least padding.
+    these windows it is the one with the least padding. All position biases get the same suggestion.
+    What a change of the window does to them depends on their kind, see `rewindow`.
 
     Args:
         image_size: side of the new images, px.

@@ -184,13 +184,18 @@ def relative_positions(window: Size, device: torch.device) -> Tensor:
 
 
 @constant_of_sizes
-def log_coordinates(window: Size, pretrained: Size, device: torch.device) -> Tensor:
-    """Return the offsets in a window on V2's log scale.
+def offset_coordinates(
+    position_bias: str, window: Size, pretrained: Size, device: torch.device
+) -> Tensor:
+    """Return the offsets in a window as the MLP of a position bias sees them.
 
-    The formula is sign(x) * log2(1 + |8 x|) / log2(8), where x is the offset over the largest one
-    of the pretraining window. Larger offsets lie beyond log2(9) / 3 = 1.057.
+    With x for the offset over the largest one of the pretraining window, they are x for
+    ``linear_cpb``, and sign(x) * log2(1 + |8 x|) / log2(8) for ``log_cpb``. From window 7 to 18 the
+    largest coordinate grows from 1 to 2.83 on the linear scale, and from 1.06 to 1.52 on the log
+    scale.
 
     Args:
+        position_bias: ``linear_cpb`` or ``log_cpb``.
         window: (height, width), cells.
         pretrained: the window of the pretraining.
         device: of the result.
@@ -198,11 +203,15 @@ def log_coordinates(window: Size, pretrained: Size, device: torch.device) -> Ten
     Returns:
         (2 height - 1, 2 width - 1, 2) float64.
 
-    Source: arXiv 2111.09883, section 3.3, equation 4, in the form of the official code.
+    Source: arXiv 2111.09883, section 3.3, equations 3 and 4, in the form of the official code.
+    Differs from the paper: there the offsets are not divided by the largest one.
     """
     axes = []
     for cells, reference in zip(window, pretrained, strict=True):
         offsets = torch.arange(1 - cells, cells, dtype=torch.float64)
-        scaled = offsets / max(reference - 1, 1) * 8
-        axes.append(scaled.sign() * torch.log2(scaled.abs() + 1) / 3)
+        scaled = offsets / max(reference - 1, 1)
+        if position_bias == "log_cpb":
+            scaled = scaled * 8
+            scaled = scaled.sign() * torch.log2(scaled.abs() + 1) / 3
+        axes.append(scaled)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).to(device)
