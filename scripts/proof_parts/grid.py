@@ -103,7 +103,7 @@ PRETRAININGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "v2_location": ("swin_v2", (*DENSE, "method.dense_match=location")),
     "v2_local_crops": ("swin_v2", (*DENSE, "method.local_crops=2")),
     "v2_neighbours": ("swin_v2", (*DENSE, "method.neighbours=5")),
-    "v2_fpn": ("swin_v2", (*DENSE, "method.decoder=fpn")),
+    "v2_fpn": ("swin_v2", (*DENSE, "method.decoder=fpn", "method.decoder_channels=128")),
     "v2_norm_pre": ("swin_v2", ("backbone.norm=pre",)),
     "v2_dot": ("swin_v2", ("backbone.attention=dot",)),
     "v2_bias_table": ("swin_v2", ("backbone.position_bias=table",)),
@@ -164,7 +164,7 @@ LEARNING_RATES: dict[str, tuple[float, ...]] = {
 SCALES: dict[str, Scale] = {
     "cpu": Scale(
         {
-            "resnet": ("backbone=resnet_tiny", "backbone.stem=imagenet"),
+            "resnet": ("backbone=resnet18_half",),
             "swin": ("backbone=swin_tiny_patch4",),
             "swin_v2": ("backbone=swin_v2_tiny_patch4",),
         },
@@ -183,17 +183,17 @@ SCALES: dict[str, Scale] = {
 }
 
 ON_CPU = Budget(
-    image_size=96,
-    window=6,
-    new_image_size=192,
-    new_window=12,
-    tile=120,
-    pretraining_steps=2000,
+    image_size=64,
+    window=4,
+    new_image_size=128,
+    new_window=8,
+    tile=96,
+    pretraining_steps=1000,
     pretraining_batch=64,
     queue_size=512,
     tuning_steps={"fine-tuned": 60, "frozen": 60},
     tuning_batch=8,
-    minutes=60,
+    minutes=20,
 )
 AT_FULL_SIZE = Budget(
     image_size=224,
@@ -229,7 +229,7 @@ DATA_SETS = (
         label_fractions=(0.05, 0.2, 1.0),
         budgets={
             # The images have 64 px, and are whole.
-            "cpu": replace(ON_CPU, image_size=64, window=4, new_image_size=128, new_window=8),
+            "cpu": ON_CPU,
             "full": replace(
                 AT_FULL_SIZE, image_size=64, window=2, new_image_size=128, new_window=4
             ),
@@ -244,7 +244,7 @@ DATA_SETS = (
         held_out="test",
         label_fractions=(0.05, 0.2, 1.0),
         budgets={
-            "cpu": replace(ON_CPU, tile=128),
+            "cpu": ON_CPU,
             "full": replace(AT_FULL_SIZE, tile=256),
         },
         flips=True,
@@ -266,7 +266,7 @@ DATA_SETS = (
                 new_image_size=565,
                 new_window=18,
                 tile=224,
-                pretraining_steps=800,
+                pretraining_steps=500,
                 pretraining_batch=32,
                 tuning_steps={"fine-tuned": 100, "frozen": 100},
                 tuning_batch=4,

@@ -38,8 +38,9 @@ def tiles_of_part(root: Path, part: str, side: int) -> tuple[np.ndarray, np.ndar
     masks: list[np.ndarray] = []
     for path in sorted((root / "images" / part).iterdir()):
         mask_path = root / "masks" / part / f"{path.stem}.png"
-        images += tiles_of(np.asarray(Image.open(path).convert("RGB")), side)
-        masks += tiles_of(np.asarray(Image.open(mask_path)), side)
+        with Image.open(path) as image, Image.open(mask_path) as mask:
+            images += tiles_of(np.asarray(image.convert("RGB")), side)
+            masks += tiles_of(np.asarray(mask), side)
     return np.stack(images), np.stack(masks)
 
 

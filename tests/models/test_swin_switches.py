@@ -186,6 +186,11 @@ def test_every_name_takes_every_switch(name):
     assert usual_name({"name": name, **SWIN_V1, "norm": "res_post"}) == name
 
 
+def test_a_swin_keeps_its_patches_when_its_switches_name_another_one():
+    assert usual_name({"name": "swin_tiny_patch4", **SWIN_V2}) == "swin_v2_tiny_patch4"
+    assert usual_name({"name": "swin_v2_tiny_patch2", **SWIN_V1}) == "swin_tiny_patch2"
+
+
 def test_the_settings_have_the_choices_of_the_network():
     fields = BackboneConfig.__dataclass_fields__
     for key, choices in SWITCHES.items():

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import REPOSITORY
-from tests.segmentation.shapes import draw_shapes, save
+from tests.segmentation.shapes import draw_shapes
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +174,13 @@ def test_tables_are_written_from_the_results_and_say_what_has_not_run(script, tm
     assert "## CamVid\n\nNot yet run." in text
     assert "| Swin V2, re-windowed | 61.0 ± 1.1 (3) | not yet run | not yet run |" in text
     comparison = (
-        "| Swin V2, re-windowed **against** Swin V2, normaliser stretched | +5.0 [+5.0, +5.1]"
+        "| Swin V2, re-windowed **against** Swin V2, normaliser stretched | +5.0 [+4.9, +5.1]"
     )
     assert comparison in text
     # dense: 0.2, 0.3, 0.4 by seed, as the mIoU. kNN: the other way round. Two rows share each.
     assert "| dsb2018 | frozen | 5% | 6 |" in text
-    assert Image.open(figure).size[0] > 500
+    with Image.open(figure) as image:
+        assert image.width > 500
 
     lines[0]["scale"] = "full"
     proof.add_line(tmp_path / "results.jsonl", lines[0])
@@ -250,7 +252,8 @@ def test_a_tiny_grid_runs_to_its_page_and_a_second_time_runs_nothing(
     root = draw_shapes(tmp_path / "dsb2018", num_train=8, num_val=4)
     for kind in ("images", "masks"):
         for path in sorted((root / kind / "val").iterdir())[:3]:
-            save(root / kind / "test" / path.name, np.asarray(Image.open(path)))
+            (root / kind / "test").mkdir(exist_ok=True)
+            shutil.copy(path, root / kind / "test" / path.name)
     budget = dataclasses.replace(
         grid.ON_CPU,
         image_size=32,
