@@ -197,6 +197,7 @@ def list_cells(work: Workplace, cells: Sequence[Cell], results: Path) -> int:
     num_wrong = 0
     num_finished = 0
     pretrainings = set()
+    problems: dict[tuple[str, ...], str] = {}
     for cell in cells:
         budget = work.budget(cell)
         steps = f"{work.steps(budget.tuning_steps[cell.tuning])} steps"
@@ -207,10 +208,12 @@ def list_cells(work: Workplace, cells: Sequence[Cell], results: Path) -> int:
         if identity_of(cell, work.scale_name) in finished:
             state = "finished"
             num_finished += 1
-        try:
-            runs.check(work, cell)
-        except (InputError, HydraException) as error:
-            state = f"WRONG: {first_line(error)}"
+        # Seeds and shares of labels are numbers, and all right if one is.
+        kind = cell.data_set.name, cell.row.name, cell.tuning
+        if kind not in problems:
+            problems[kind] = problem_of(work, cell)
+        if problems[kind]:
+            state = f"WRONG: {problems[kind]}"
             num_wrong += 1
         print(f"{cell}: {steps}, at most {budget.minutes:g} min, {state}")
     print(
@@ -218,6 +221,15 @@ def list_cells(work: Workplace, cells: Sequence[Cell], results: Path) -> int:
         f"pretrainings, which cells share; {num_wrong} cells with wrong settings"
     )
     return num_wrong
+
+
+def problem_of(work: Workplace, cell: Cell) -> str:
+    """Return what is wrong with the settings of a cell; "" if nothing is."""
+    try:
+        runs.check(work, cell)
+    except (InputError, HydraException) as error:
+        return first_line(error)
+    return ""
 
 
 def write_tables(results: Path, page: Path, figure: Path) -> None:

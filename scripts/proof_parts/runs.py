@@ -4,6 +4,7 @@ import csv
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from finished_runs import call, composed
 from torch import Tensor
 
 from moco import segment, train
+from moco.config.parsing import SCHEMAS
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.data.augment.views import Normalized
@@ -256,9 +258,15 @@ def check(work: Workplace, cell: Cell) -> None:
         hydra.errors.ConfigCompositionException: a key or a name is unknown.
     """
     if cell.row.pretraining is not None:
-        composed("train", TrainConfig, pretraining_settings(work, cell).overrides)
+        check_settings("train", tuple(pretraining_settings(work, cell).overrides))
     settings = tuning_settings(work, cell, learning_rate(work, cell))
-    composed("segment", SegmentConfig, settings.overrides)
+    check_settings("segment", tuple(settings.overrides))
+
+
+@cache
+def check_settings(program: str, overrides: tuple[str, ...]) -> None:
+    """Compose the config of a program, once for the cells that share a pretraining."""
+    composed(program, SCHEMAS[program], overrides)
 
 
 def pretrain(work: Workplace, cell: Cell) -> dict[str, Any] | None:

@@ -243,12 +243,10 @@ def test_every_compared_row_exists(parts):
         assert row.pretraining is None or grid.PRETRAININGS[row.pretraining][0] == row.backbone
 
 
-@pytest.mark.slow
-def test_a_tiny_grid_runs_to_its_page_and_a_second_time_runs_nothing(
-    script, parts, tmp_path, monkeypatch, capsys
-):
-    pytest.importorskip("segmentation_models_pytorch")
-    proof, grid, runs = script("segmentation_proof"), parts("grid"), parts("runs")
+@pytest.fixture
+def tiny(parts, tmp_path, monkeypatch):
+    """Make a grid of one tiny dataset. Return the arguments that run it."""
+    grid = parts("grid")
     root = draw_shapes(tmp_path / "dsb2018", num_train=8, num_val=4)
     for kind in ("images", "masks"):
         for path in sorted((root / kind / "val").iterdir())[:3]:
@@ -275,16 +273,37 @@ def test_a_tiny_grid_runs_to_its_page_and_a_second_time_runs_nothing(
     )
     assert data_set.name == "dsb2018"
     monkeypatch.setattr(grid, "DATA_SETS", (data_set,))
-    command = ["--data", str(tmp_path), "--folder", str(tmp_path / "runs"), "--seeds", "1"]
-    assert proof.main([*command, "--dry-run"]) == 0
+    return ["--data", str(tmp_path), "--folder", str(tmp_path / "runs"), "--seeds", "1"]
+
+
+def test_a_dry_run_lists_the_cells_and_names_wrong_input(script, tiny, tmp_path, capsys):
+    proof = script("segmentation_proof")
+    assert proof.main([*tiny, "--dry-run", "--only", "dsb2018/v2/*"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "dsb2018/v2/fine-tuned/0.5/0: 2 + 2 steps, at most 20 min, to run"
+    assert lines[2].startswith("2 cells, of which 0 are finished; 1 pretrainings")
+    assert not (tmp_path / "runs").exists()
+    assert proof.main([*tiny, "--only", "dsb2018/v3/*"]) == 2
+    assert capsys.readouterr().err == "--only dsb2018/v3/*: no cell has such a name\n"
+    shutil.rmtree(tmp_path / "dsb2018" / "images")
+    assert proof.main(tiny) == 2
+    assert "there is no folder dsb2018/images in it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_tiny_grid_runs_to_its_page_and_a_second_time_runs_nothing(
+    script, parts, tiny, tmp_path, monkeypatch
+):
+    pytest.importorskip("segmentation_models_pytorch")
+    proof, grid, runs = script("segmentation_proof"), parts("grid"), parts("runs")
     only = [
         f"dsb2018/{name}/*"
         for name in ("scratch_resnet", "resnet", "v2", "v2_table", "v2_stretched")
     ]
-    assert proof.main([*command, "--search", "--only", *only]) == 0
+    assert proof.main([*tiny, "--search", "--only", *only]) == 0
     rates = json.loads((tmp_path / "runs" / "learning_rates.json").read_text())
     assert rates["dsb2018/frozen/swin/pretrained"] in grid.LEARNING_RATES["frozen"]
-    assert proof.main([*command, "--only", *only]) == 0
+    assert proof.main([*tiny, "--only", *only]) == 0
     lines = proof.read_lines(tmp_path / "runs" / "results.jsonl")
     assert len(lines) == 10
     for line in lines:
@@ -300,7 +319,7 @@ def test_a_tiny_grid_runs_to_its_page_and_a_second_time_runs_nothing(
 
     monkeypatch.setattr(runs.train, "run", None)
     monkeypatch.setattr(runs.segment, "run", None)
-    assert proof.main([*command, "--only", *only]) == 0
+    assert proof.main([*tiny, "--only", *only]) == 0
     monkeypatch.setattr(proof, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(proof, "FIGURE", tmp_path / "figure.png")
     assert proof.main(["--tables", "--results", str(tmp_path / "runs" / "results.jsonl")]) == 0
