@@ -291,6 +291,7 @@ def test_a_dry_run_lists_the_cells_and_names_wrong_input(script, tiny, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_a_tiny_grid_runs_to_its_page_and_a_second_time_runs_nothing(
     script, parts, tiny, tmp_path, monkeypatch
 ):
