@@ -18,6 +18,7 @@ from moco.config.parsing import SCHEMAS
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.data.augment.views import Normalized
+from moco.data.sources.source import PIXEL_SETTINGS
 from moco.models.backbones import build_backbone
 from moco.models.swin.attention import WindowAttention
 from moco.runs.atomic_files import write_atomically
@@ -405,7 +406,8 @@ def confusions_of_images(
         ignore_index=learned["ignore_index"],
         is_trained_on=False,
     )
-    source.prepare({"name": "segmentation_folder", "root": str(root)}, learned["mean"])
+    pixels: dict[str, Any] = dict.fromkeys(PIXEL_SETTINGS)  # images of 8-bit RGB need none
+    source.prepare(pixels | {"name": "segmentation_folder", "root": str(root)}, learned["mean"])
     images = source.validation
     normalize = Normalized(learned["mean"], learned["std"])
     num_classes = segmenter.num_classes
