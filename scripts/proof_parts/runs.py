@@ -314,6 +314,7 @@ def write_as_table(work: Workplace, cell: Cell) -> None:
     pretrained = load_pretrained(str(pretraining_checkpoint(work, cell)), "query", {})
     backbone = pretrained.encoder.backbone
     settings = pretrained.settings | {"position_bias": "table"}
+    settings.pop("pretrained_window_size", None)  # a table has no coordinates to normalise
     with_tables = build_backbone(**settings)
     weights = with_tables.state_dict()
     for name, tensor in backbone.state_dict().items():
