@@ -1,7 +1,8 @@
 """Does pretraining help segmentation, and which of its parts does?
 
     python scripts/segmentation_proof.py --data DATA --folder RUNS [--only 'dsb2018/v2*' ...]
-        [--seeds 3] [--hours 2] [--full] [--results FILE] [--search] [--dry-run]
+        [--seeds 3] [--hours 2] [--full] [--pretraining-factor 1] [--tuning-factor 1]
+        [--results FILE] [--search] [--dry-run]
     python scripts/segmentation_proof.py --tables [--results docs/segmentation_results.jsonl]
 
 DATA holds the segmentation folders camvid, dsb2018 and drive, and the image folder tiny_imagenet. A
@@ -13,7 +14,8 @@ A finished cell is a line of the results file, and is not repeated. An interrupt
 same command continues. A cell that fails is named, and the others go on. After --hours, no further
 cell is begun.
 
-The default size is for two CPU cores. --full is for one GPU. --search tries learning rates for the
+The default size is for two CPU cores. --full is for one GPU. The factors multiply the numbers of
+steps; other numbers need another folder. --search tries learning rates for the
 fine-tuning, on the validation part with a seed of its own, and keeps the best ones in RUNS.
 --tables writes docs/segmentation_results.md and its figure.
 
@@ -199,11 +201,10 @@ def list_cells(work: Workplace, cells: Sequence[Cell], results: Path) -> int:
     pretrainings = set()
     problems: dict[tuple[str, ...], str] = {}
     for cell in cells:
-        budget = work.budget(cell)
-        steps = f"{work.steps(budget.tuning_steps[cell.tuning])} steps"
+        steps = f"{work.tuning_steps(cell)} steps"
         if cell.row.pretraining is not None:
             pretrainings.add(work.pretraining_folder(cell))
-            steps = f"{work.steps(budget.pretraining_steps):,} + {steps}"
+            steps = f"{work.pretraining_steps(cell):,} + {steps}"
         state = "to run"
         if identity_of(cell, work.scale_name) in finished:
             state = "finished"
@@ -215,7 +216,7 @@ def list_cells(work: Workplace, cells: Sequence[Cell], results: Path) -> int:
         if problems[kind]:
             state = f"WRONG: {problems[kind]}"
             num_wrong += 1
-        print(f"{cell}: {steps}, at most {budget.minutes:g} min, {state}")
+        print(f"{cell}: {steps}, at most {work.budget(cell).minutes:g} min, {state}")
     print(
         f"{len(cells)} cells, of which {num_finished} are finished; {len(pretrainings)} "
         f"pretrainings, which cells share; {num_wrong} cells with wrong settings"
@@ -257,7 +258,8 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hours", type=float, default=float("inf"))
     parser.add_argument("--full", action="store_true")
-    parser.add_argument("--steps-factor", type=float, default=1.0)
+    parser.add_argument("--pretraining-factor", type=float, default=1.0)
+    parser.add_argument("--tuning-factor", type=float, default=1.0)
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--tables", action="store_true")
@@ -281,7 +283,8 @@ def main(given: Sequence[str] | None = None) -> int:
             folder=folder,
             scale_name="full" if arguments.full else "cpu",
             learning_rates=json.loads(rates.read_text()) if rates.exists() else {},
-            steps_factor=arguments.steps_factor,
+            pretraining_factor=arguments.pretraining_factor,
+            tuning_factor=arguments.tuning_factor,
         )
         cells = list(cells_of(range(arguments.seeds), arguments.only))
         if not cells:

@@ -70,8 +70,10 @@ class Workplace:
     scale_name: str
     learning_rates: dict[str, float]
     """What `--search` found, by `rate_key`."""
-    steps_factor: float = 1.0
-    """Multiplies all numbers of optimizer steps."""
+    pretraining_factor: float = 1.0
+    """Multiplies the optimizer steps of every pretraining."""
+    tuning_factor: float = 1.0
+    """Multiplies the optimizer steps of every fine-tuning."""
 
     @property
     def scale(self) -> Scale:
@@ -80,9 +82,13 @@ class Workplace:
     def budget(self, cell: Cell) -> Budget:
         return cell.data_set.budgets[self.scale_name]
 
-    def steps(self, number: int) -> int:
-        """Return a number of optimizer steps after `steps_factor`."""
-        return max(1, round(number * self.steps_factor))
+    def pretraining_steps(self, cell: Cell) -> int:
+        """Return the optimizer steps of a cell's pretraining; whole epochs come near them."""
+        return max(1, round(self.budget(cell).pretraining_steps * self.pretraining_factor))
+
+    def tuning_steps(self, cell: Cell) -> int:
+        """Return the optimizer steps of a cell's fine-tuning."""
+        return max(1, round(self.budget(cell).tuning_steps[cell.tuning] * self.tuning_factor))
 
     def images(self, cell: Cell) -> Path:
         """Return the archive or folder of the images that a cell pretrains on."""
@@ -123,8 +129,7 @@ def pretraining_settings(work: Workplace, cell: Cell) -> Settings:
     epochs = 1
     if images.exists():
         steps_per_epoch = num_training_images(images) // budget.pretraining_batch
-        steps = work.steps(budget.pretraining_steps)
-        epochs = max(1, round(steps / max(1, steps_per_epoch)))
+        epochs = max(1, round(work.pretraining_steps(cell) / max(1, steps_per_epoch)))
     told = [
         *work.scale.backbones[backbone],
         "method=moco_v2_plus",
@@ -188,7 +193,7 @@ def machine_settings(work: Workplace) -> list[str]:
 def tuning_settings(work: Workplace, cell: Cell, lr: float) -> Settings:
     """Return the settings with which a cell is fine-tuned."""
     row, budget = cell.row, work.budget(cell)
-    steps = work.steps(budget.tuning_steps[cell.tuning])
+    steps = work.tuning_steps(cell)
     told = [
         f"data.batch_size={budget.tuning_batch}",
         f"image_size={budget.new_image_size}",
@@ -312,20 +317,9 @@ def write_as_table(work: Workplace, cell: Cell) -> None:
     if path.exists():
         return
     pretrained = load_pretrained(str(pretraining_checkpoint(work, cell)), "query", {})
-    backbone = pretrained.encoder.backbone
-    settings = pretrained.settings | {"position_bias": "table"}
-    settings.pop("pretrained_window_size", None)  # a table has no coordinates to normalise
-    with_tables = build_backbone(**settings)
-    weights = with_tables.state_dict()
-    for name, tensor in backbone.state_dict().items():
-        if name in weights:
-            weights[name] = tensor
-    for name, module in backbone.named_modules():
-        if isinstance(module, WindowAttention):
-            table = module.bias_table(module.window_size)
-            weights[f"{name}.relative_position_bias_table"] = table.detach()
+    backbone, settings = with_tables(pretrained.encoder.backbone, pretrained.settings)
     content = {
-        "state_dict": weights,
+        "state_dict": backbone.state_dict(),
         "backbone": settings,
         "encoder": "query",
         "image_size": pretrained.config["data"]["image_size"],
@@ -336,6 +330,31 @@ def write_as_table(work: Workplace, cell: Cell) -> None:
         "config": pretrained.config,
     }
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def with_tables(backbone: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a Swin V2 with the same outputs, whose position biases are tables.
+
+    Args:
+        backbone: has position MLPs, and the windows of its pretraining.
+        settings: the arguments of `build_backbone` that make it.
+
+    Returns:
+        The network, and the arguments that make it.
+    """
+    settings = settings | {"position_bias": "table"}
+    settings.pop("pretrained_window_size", None)  # a table has no coordinates to normalise
+    network = build_backbone(**settings)
+    weights = network.state_dict()
+    for name, tensor in backbone.state_dict().items():
+        if name in weights:
+            weights[name] = tensor
+    for name, module in backbone.named_modules():
+        if isinstance(module, WindowAttention):
+            table = module.bias_table(module.window_size)
+            weights[f"{name}.relative_position_bias_table"] = table.detach()
+    network.load_state_dict(weights)
+    return network, settings
 
 
 def tune(work: Workplace, cell: Cell, lr: float, folder: Path) -> dict[str, Any]:

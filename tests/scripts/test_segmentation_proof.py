@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from moco.models.backbones import build_backbone
+from moco.models.swin.window_change import rewindow
 from tests.conftest import REPOSITORY
 from tests.segmentation.shapes import draw_shapes
 
@@ -101,6 +103,31 @@ def test_figures_agree_with_counting_pixels_one_by_one(parts):
         expected = overlap(true[image], predicted[image])
         assert figures["images"]["miou"][image] == pytest.approx(expected[0], abs=1e-4)
         assert figures["images"]["dice"][image] == pytest.approx(expected[1], abs=1e-4)
+
+
+def test_biases_as_tables_change_nothing_until_the_window_grows(parts):
+    settings = {"name": "swin_v2_tiny_patch4", "window_size": 4}
+    backbone = trained_alike(build_backbone(**settings, pretrained_window_size=4))
+    images = torch.randn(2, 3, 64, 64)
+    network, made_by = parts("runs").with_tables(backbone, settings)
+    network.eval()
+    assert made_by == settings | {"position_bias": "table"}
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), backbone(images))
+        exact = rewindow(backbone, 8)(images)
+        resized = rewindow(network, 8)(images)
+    assert (exact - resized).abs().max() > 1e-3
+
+
+def trained_alike(backbone):
+    """Set scales and position MLPs to random values. New blocks are the identity."""
+    torch.manual_seed(0)
+    for name, parameter in backbone.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            torch.nn.init.normal_(parameter, 0.8, 0.2)
+        if "cpb_mlp" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return backbone.eval()
 
 
 def test_a_comparison_is_the_paired_t_test_over_seeds_and_wilcoxon_over_images(parts):
@@ -220,7 +247,7 @@ def test_the_grid_repeats_no_cell_goes_on_after_a_failure_and_refuses_other_sett
         proof.run_grid(other, cells, results, 1.0, result_of)
 
 
-@pytest.mark.parametrize("scale", ["cpu", "full"])
+@pytest.mark.parametrize("scale", ["cpu", pytest.param("full", marks=pytest.mark.slow)])
 def test_every_cell_has_settings_that_the_programs_know(script, parts, tmp_path, scale):
     grid, runs = parts("grid"), parts("runs")
     work = runs.Workplace(tmp_path, tmp_path, scale, {})
