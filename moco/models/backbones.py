@@ -21,8 +21,8 @@ SWIN_TINY = (32, (2, 2, 2, 2), (1, 2, 4, 8))
 SWIN_T = (96, (2, 2, 6, 2), (3, 6, 12, 24))
 SWIN_S = (96, (2, 2, 18, 2), (3, 6, 12, 24))
 SWIN_B = (128, (2, 2, 18, 2), (4, 8, 16, 32))
-SWIN_V1 = {"norm": "pre", "attention": "dot", "position_bias": "table"}
-SWIN_V2 = {"norm": "res_post", "attention": "cosine", "position_bias": "log_cpb"}
+SWIN_V1: dict[str, Any] = {"norm": "pre", "attention": "dot", "position_bias": "table"}
+SWIN_V2: dict[str, Any] = {"norm": "res_post", "attention": "cosine", "position_bias": "log_cpb"}
 
 # A partial fixes what it gives by position. What it gives by keyword is a default for users.
 BACKBONES: dict[str, partial[Any]] = {

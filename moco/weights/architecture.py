@@ -20,7 +20,7 @@ from moco.models.backbones import (
     settings_of_backbone,
     switches_of_swin,
 )
-from moco.models.swin.backbone import Swin, one_or_each
+from moco.models.swin.backbone import SWITCHES, Swin, one_or_each
 from moco.models.vit import learned_grid_side
 from moco.targets import GIVEN
 from moco.weights.library_names import (
@@ -98,22 +98,28 @@ def recognised_backbone(weights: Weights) -> dict[str, Any]:
 def fitting_backbones(weights: Weights) -> list[str]:
     """Return every backbone that has tensors of these names and shapes.
 
-    Two names are left for a Swin, as every switch can be set for both versions. The one with fewer
-    changed switches counts.
+    Every Swin could have two names, because each version takes every switch. The name of the nearer
+    version is returned.
     """
-    fitting: dict[str, int] = {}
+    switches = {}
+    fewest = len(SWITCHES)
     for name in BACKBONES:
-        switches = unusual_switches(weights, name)
-        settings = {"name": name} | switches | settings_seen(weights, name)
+        switches[name] = unusual_switches(weights, name)
+        if switches_of_swin({"name": name}):
+            fewest = min(fewest, len(switches[name]))
+    fitting = []
+    for name in BACKBONES:
+        if len(switches[name]) > fewest:
+            continue
+        settings = {"name": name} | switches[name] | settings_seen(weights, name)
         try:
             backbone = build_outline(settings)
             problem = misfit(to_our_names(weights, backbone), backbone.state_dict())
         except InputError:  # other windows or positions
             continue
         if problem is None:
-            fitting[name] = len(switches)
-    fewest = min(fitting.values(), default=0)
-    return [name for name, changed in fitting.items() if changed == fewest]
+            fitting.append(name)
+    return fitting
 
 
 def unusual_switches(weights: Weights, name: str) -> dict[str, str]:

@@ -14,8 +14,7 @@ ENCODERS = {
     "vit, learned positions": ["backbone=vit_tiny_patch4", "backbone.learned_positions=7"],
     "swin": ["backbone=swin_tiny_patch2"],
     "swin v2": ["backbone=swin_v2_tiny_patch2"],
-    "swin, cosines": ["backbone=swin_tiny_patch2", "backbone.attention=cosine"],
-    "swin v2, dot products": ["backbone=swin_v2_tiny_patch2", "backbone.attention=dot"],
+    "swin, linear coordinates": ["backbone=swin_tiny_patch2", "backbone.position_bias=linear_cpb"],
     "swin v2, window of 6": ["backbone=swin_v2_tiny_patch2", "backbone.window_size=6"],
     "swin v2, BatchNorm in the head": [
         "backbone=swin_v2_tiny_patch2",

@@ -84,6 +84,7 @@ def test_torchvisions_classes_take_and_give_mixed_swins(switches, tmp_path):
     assert torch.equal(loaded.encoder.eval().encode(images), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_printed_lines_build_torchvisions_swin_of_mixed_switches(tmp_path):
     backbone = build_backbone("swin_t", norm="res_post", window_size=2).eval()

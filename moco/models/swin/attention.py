@@ -279,7 +279,8 @@ class WindowAttention(nn.Module):
     """Whether the windows are shifted by half their side."""
     relative_position_bias_table: nn.Parameter
     logit_scale: nn.Parameter
-    cpb_mlp: nn.Sequential
+    cpb_mlp: Any
+    """Linear, ReLU and Linear without bias: from 2 coordinates to a number for each head."""
 
     def __init__(
         self,

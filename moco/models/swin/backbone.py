@@ -98,10 +98,10 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
             "pretrained_window_size": pretrained_window_size,
             "pretrained_image_size": pretrained_image_size,
         }
-        for key, value in pretraining.items():
-            if position_bias == "table" and value is not None:
+        for key, given in pretraining.items():
+            if position_bias == "table" and given is not None:
                 raise InputError(
-                    f"backbone.{key}={value}: a position_bias=table has no coordinates to "
+                    f"backbone.{key}={given}: a position_bias=table has no coordinates to "
                     "normalise; remove it, or set backbone.position_bias=log_cpb"
                 )
         if norm == "pre":
