@@ -37,12 +37,13 @@ import torch
 from benchmarks.machine import describe
 from hydra.errors import HydraException
 from proof_parts import runs, tables
-from proof_parts.grid import LEARNING_RATES, Cell, cells_of
+from proof_parts.grid import LEARNING_RATES, SEARCHED, Cell, cells_of
 from proof_parts.images import IMAGE_FOLDER
 from proof_parts.runs import Workplace
 
 from moco.errors import InputError, Interrupted, RunError
 from moco.runs.atomic_files import write_atomically, write_json
+from moco.training.hardware import choose_device
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "segmentation_results.md"
@@ -140,8 +141,7 @@ def run_grid(
         line = finished.get(identity_of(cell, work.scale_name))
         if line is not None:
             check_unchanged(work, cell, line)
-    device = torch.device("cpu" if work.scale.accelerator == "cpu" else "cuda")
-    machine = describe(device, torch.get_num_threads())
+    machine = describe(choose_device(work.scale.accelerator), torch.get_num_threads())
     failed = []
     started = time.monotonic()
     for number, cell in enumerate(cells, start=1):
@@ -170,13 +170,13 @@ def first_line(error: Exception) -> str:
 def search(work: Workplace, cells: Sequence[Cell]) -> None:
     """Find the learning rate of each kind of cell on the validation part, and keep them.
 
-    Of the cells that share a learning rate, the plainest row with the fewest labels is tried.
+    Of the cells that share a learning rate, a row of `SEARCHED` with the fewest labels is tried.
     """
     path = work.folder / RATES
     found = dict(work.learning_rates)
     for cell in cells:
         key = runs.rate_key(cell)
-        if key in found:
+        if key in found or cell.row.name not in SEARCHED:
             continue
         smallest = min(cell.data_set.label_fractions)
         tried = Cell(cell.data_set, cell.row, cell.tuning, smallest, SEARCH_SEED)

@@ -161,6 +161,9 @@ LEARNING_RATES: dict[str, tuple[float, ...]] = {
 }
 """The learning rates of `--search`; the middle one is used where nothing was searched."""
 
+SEARCHED = ("scratch_resnet", "resnet", "scratch_v2", "v2")
+"""The rows with which `--search` tries them. The other rows share what it finds."""
+
 SCALES: dict[str, Scale] = {
     "cpu": Scale(
         {

@@ -22,11 +22,13 @@ from moco.data.sources.source import PIXEL_SETTINGS
 from moco.models.backbones import build_backbone
 from moco.models.swin.attention import WindowAttention
 from moco.runs.atomic_files import write_atomically
+from moco.runs.run_folder import LAST_CHECKPOINT
 from moco.segmentation.inference import predicted_classes
 from moco.segmentation.mask_batches import whole_image_loader
 from moco.segmentation.mask_sources import build_segmentation_source
 from moco.segmentation.metrics import confusion_matrix
 from moco.segmentation.segmenter import Segmenter
+from moco.training.hardware import choose_device
 from moco.training.metrics_file import NAME as METRICS_TABLE
 from moco.weights.load_encoder import load_pretrained
 from proof_parts.grid import (
@@ -232,7 +234,7 @@ def tuning_settings(work: Workplace, cell: Cell, lr: float) -> Settings:
 
 def pretraining_checkpoint(work: Workplace, cell: Cell) -> Path:
     """Return the file from which a cell is fine-tuned."""
-    return work.pretraining_folder(cell) / "checkpoints" / "last.ckpt"
+    return work.pretraining_folder(cell) / LAST_CHECKPOINT
 
 
 def table_checkpoint(work: Workplace, cell: Cell) -> Path:
@@ -371,11 +373,13 @@ def result_of(work: Workplace, cell: Cell) -> dict[str, Any]:
         write_as_table(work, cell)
     lr = learning_rate(work, cell)
     run = work.tuning_folder(cell)
+    checkpoint = run / LAST_CHECKPOINT
+    if not checkpoint.exists():
+        # A finished run of a cell whose line is not in the results: its weights were removed.
+        shutil.rmtree(run, ignore_errors=True)
     figures = tune(work, cell, lr, run)
-    device = torch.device("cuda" if work.scale.accelerator != "cpu" else "cpu")
-    confusions, names = confusions_of_images(
-        run / "checkpoints" / "last.ckpt", held_out_folder(work, cell), device
-    )
+    device = choose_device(work.scale.accelerator)
+    confusions, names = confusions_of_images(checkpoint, held_out_folder(work, cell), device)
     return {
         "data_set": cell.data_set.name,
         "row": cell.row.name,
