@@ -15,9 +15,9 @@ same command continues. A cell that fails is named, and the others go on. After 
 cell is begun.
 
 The default size is for two CPU cores. --full is for one GPU. The factors multiply the numbers of
-steps; other numbers need another folder. --search tries learning rates for the
-fine-tuning, on the validation part with a seed of its own, and keeps the best ones in RUNS.
---tables writes docs/segmentation_results.md and its figure.
+steps; other numbers need another folder. --search tries learning rates for the fine-tuning, on the
+validation part and with a seed of its own. It keeps the best ones in RUNS, where the grid finds
+them. --tables writes docs/segmentation_results.md and its figure.
 
 Exit codes: 0 done, or out of time; 1 a cell failed; 2 bad input; 130 interrupted.
 """

@@ -15,6 +15,7 @@ Line = Mapping[str, Any]
 """A line of the results: what one cell of the grid came to."""
 
 MONITORS = {"final_dense": "`monitor.dense`", "final_knn": "image-level kNN"}
+MARKERS = {"fine-tuned": "^", "frozen": "o"}
 NOT_RUN = "not yet run"
 INTRODUCTION = """\
 # Does pretraining help segmentation?
@@ -310,28 +311,41 @@ def machines_section(lines: Sequence[Line]) -> str:
 def write_figure(lines: Sequence[Line], path: Path) -> bool:
     """Draw the mIoU after fine-tuning over the final value of each monitor.
 
+    The mIoU is drawn as the distance from the mean of its column of the tables, in points, because
+    columns with more labels lie higher.
+
     Returns:
         Whether there was anything to draw.
     """
+    points: dict[tuple[str, str], list[tuple[Line, float]]] = defaultdict(list)
     groups = by_group(lines)
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    plots = figure.subplots(1, len(MONITORS), sharey=True)
-    is_empty = True
-    for number, (monitor, title) in enumerate(MONITORS.items()):
-        for group in sorted(groups):
-            points = []
-            for line in monitored(groups[group]):
-                points.append((line["pretraining"][monitor], line["miou"]))
-            if points:
-                is_empty = False
-                x, y = zip(*points, strict=True)
-                label = f"{group.data_set}, {group.tuning}, {group.label_fraction:.0%}"
-                marker = "o" if group.tuning == "frozen" else "^"
-                plots[number].scatter(x, y, s=18, marker=marker, label=label)
-        plots[number].set_xlabel(f"{title.strip('`')} at the end of pretraining")
-    plots[0].set_ylabel("mIoU after fine-tuning")
-    if is_empty:
+    for group in sorted(groups):
+        runs = monitored(groups[group])
+        if runs:
+            mean = np.mean([line["miou"] for line in runs])
+            for line in runs:
+                distance = 100 * float(line["miou"] - mean)
+                points[group.data_set, group.tuning].append((line, distance))
+    if not points:
         return False
+    colours = {data_set.name: f"C{number}" for number, data_set in enumerate(DATA_SETS)}
+    titles = {data_set.name: data_set.title for data_set in DATA_SETS}
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    plots = figure.subplots(1, len(MONITORS), sharey=True)
+    for plot, (monitor, title) in zip(plots, MONITORS.items(), strict=True):
+        for (data_set, tuning), found in points.items():
+            plot.scatter(
+                [line["pretraining"][monitor] for line, _ in found],
+                [distance for _, distance in found],
+                s=16,
+                alpha=0.7,
+                color=colours[data_set],
+                marker=MARKERS[tuning],
+                label=f"{titles[data_set]}, {tuning}",
+            )
+        plot.axhline(0, color="grey", linewidth=0.5)
+        plot.set_xlabel(f"{title.strip('`')} at the end of pretraining")
+    plots[0].set_ylabel("mIoU after fine-tuning,\npoints above the mean of the column")
     plots[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
     return True
