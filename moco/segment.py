@@ -30,9 +30,14 @@ def run(config: SegmentConfig, folder: Path) -> None:
         build_segmenter,
         build_trainer,
         check_decoder,
+        images_of_run,
+        images_origin,
         tensor_settings,
     )
     from moco.cli.closing_tables import print_segmentation
+    from moco.cli.resuming import way_to_measure
+    from moco.cli.segmentation_panel import print_segmentation_start
+    from moco.cli.segmentation_settings import resolved_class_weights, write_drawn_images
     from moco.cli.starting_backbone import find_backbone, with_bands
     from moco.cli.training_run import Run, fit, take_folder
     from moco.runs.atomic_files import write_json
@@ -40,7 +45,6 @@ def run(config: SegmentConfig, folder: Path) -> None:
     from moco.runs.interrupts import StopRequest
     from moco.runs.run_folder import find_checkpoint
     from moco.runs.slurm import stop_signals
-    from moco.runs.training_set import training_set
 
     pl.seed_everything(config.seed, verbose=False)
     start = find_backbone(config)
@@ -51,59 +55,31 @@ def run(config: SegmentConfig, folder: Path) -> None:
     assert values is not None  # `build_data` sets them
     start = with_bands(start, values.bands)
     class_names = data.source.class_names
-    segmenter = build_segmenter(config, start, decoder, class_names)
+    class_weights = resolved_class_weights(config.class_weights, data.source)
+    segmenter = build_segmenter(config, start, decoder, class_names, class_weights)
     with (
         StopRequest(stop_signals(config.slurm.signal)) as stop,
         failures_named(folder),
         ExitStack() as stack,
     ):
-        run = Run(config, folder, stop, hydra_files(), figures=backbone_origin(config, start))
+        origin = backbone_origin(config, start) | images_origin(config, data)
+        run = Run(config, folder, stop, hydra_files(), figures=origin)
         if run.is_finished():
             return
         try:
             checkpoint = find_checkpoint(folder, run.plain, run.defaults)
         except InputError as error:
             raise InputError(f"{error}{way_to_measure(config, folder)}") from error
-        train = data.source.train
-        run.training_set = training_set(
-            train.images.files, len(train), config.data.batch_size, config.data.root
-        )
+        run.training_set = images_of_run(config, data)
         resumed = take_folder(run, stack, checkpoint, segmenter.hparams, tensor_settings)
+        write_drawn_images(folder, data.source, config.data.root)
         trainer = build_trainer(run, resumed)
+        print_segmentation_start(run, trainer, segmenter, data, resumed)
         # A second time, because the folder's status has to hold the same line.
         with failures_named(folder):
             fit(run, trainer, segmenter, data, checkpoint)
             write_json(folder / "metrics.json", run.figures)
     print_segmentation(run, class_names)
-
-
-def way_to_measure(config: SegmentConfig, folder: Path) -> str:
-    """Return how a finished run in `folder` is measured with these settings, without training.
-
-    It is empty for a run that is not finished, or whose dataset and inference are the same.
-    """
-    import yaml
-
-    from moco.runs.run_folder import CONFIG, LAST_CHECKPOINT, as_override
-    from moco.runs.run_status import read_status
-
-    if (read_status(folder) or {}).get("state") != "finished":
-        return ""
-    there = yaml.safe_load((folder / CONFIG).read_text())
-    words = []
-    if config.inference != there["inference"]:
-        words.append(as_override("evaluation.inference", config.inference))
-    if config.data.name != there["data"]["name"]:
-        words.append(as_override("data", config.data.name))
-    if config.data.root != there["data"]["root"]:
-        words.append(as_override("data.root", str(config.data.root)))
-    if not words:
-        return ""
-    checkpoint = as_override("checkpoint", folder / LAST_CHECKPOINT)
-    return (
-        ". To measure the finished run so, without training: python -m moco.evaluate "
-        f"{checkpoint} evaluation=segmentation {' '.join(words)}"
-    )
 
 
 def check_trainer(trainer: TrainerConfig) -> None:

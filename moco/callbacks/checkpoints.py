@@ -74,7 +74,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.monitor = monitor
         self.training_set = training_set
         self.takes_figures = takes_figures
-        group, name = monitor.split("/")
+        group, _, name = monitor.partition("/")
         self.monitor_epoch = f"{group}/epoch"
         self.best_name = f"{group}/best_{name}"
         self.best_epoch = f"{group}/best_epoch"

@@ -6,25 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
 from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.running_trainer import board_of, log_scalars
 from moco.data.sources.pixel_values import PixelValues
 from moco.evaluation.features import evaluating
-from moco.evaluation.reports.cards import (
-    COMPARED_CLASSES,
-    comparison_card,
-    confusion_card,
-    shown_name,
-)
 from moco.evaluation.reports.plots import pixels
+from moco.evaluation.reports.segmentation_plots import (
+    compared_masks,
+    confused_pixels,
+    shown_names,
+)
 from moco.phases import counted
-from moco.segmentation.comparison_plot import class_colours, comparison_plot
-from moco.segmentation.inference import predicted_classes
+from moco.segmentation.inference import predicted_logits
 from moco.segmentation.mask_batches import MaskBatch, num_read
-from moco.segmentation.metrics import confusion_matrix, segmentation_figures
+from moco.segmentation.metrics import SegmentationCounts
 from moco.segmentation.segmentation_data import SegmentationData, check_readable
 from moco.training.board_layout import tag_of
 
@@ -35,9 +32,8 @@ class SegmentationMonitor(EpochMeasurement):
     """Measure the held-out images every n epochs, in eval mode and float32.
 
     Args:
-        figures: gets ``segment/miou``, ``segment/pixel_accuracy``, ``segment/iou/NAME``,
-            ``segment/epoch`` and the protocol.
-        inference: ``whole`` or ``slide``, see `predicted_classes`.
+        figures: gets those of `segmentation_figures`, ``segment/epoch`` and the protocol.
+        inference: ``whole`` or ``slide``, see `predicted_logits`.
         num_plotted_images: how many images TensorBoard shows beside truth and prediction.
         when: ``every_n_epochs`` and ``should_stop`` of `EpochMeasurement`.
     """
@@ -52,10 +48,8 @@ class SegmentationMonitor(EpochMeasurement):
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
         data: SegmentationData = trainer.datamodule  # type: ignore[attr-defined]
         num_classes, device = pl_module.num_classes, pl_module.device
-        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        names = []
-        for number, name in enumerate(data.source.class_names):
-            names.append(shown_name(name, number))
+        counts = SegmentationCounts(num_classes, pl_module.ignore_index, device)
+        names = shown_names(data.source.class_names)
         board = board_of(trainer)
         plots: list[np.ndarray] = []
         with evaluating(pl_module):
@@ -68,12 +62,10 @@ class SegmentationMonitor(EpochMeasurement):
                     return
                 check_readable(batch)
                 images, classes = batch.images.to(device), batch.classes.to(device)
-                predicted = predicted_classes(
+                logits = predicted_logits(
                     pl_module.logits, images, self.inference, data.view.image_size
                 )
-                confusion += confusion_matrix(
-                    predicted, classes, num_classes, pl_module.ignore_index
-                )
+                predicted = counts.add(logits, classes)
                 num_missing_plots = 0
                 if board is not None:
                     num_missing_plots = self.num_plotted_images - len(plots)
@@ -82,7 +74,7 @@ class SegmentationMonitor(EpochMeasurement):
                     batch, predicted, pl_module, names, values, num_missing_plots
                 )
         self.owed = False
-        scores = segmentation_figures(confusion.cpu(), data.source.class_names)
+        scores = counts.figures(data.source.class_names)
         self.figures |= {
             **scores,
             "segment/inference": self.inference,
@@ -90,6 +82,8 @@ class SegmentationMonitor(EpochMeasurement):
             "segment/num_images": len(data.source.validation),
             "segment/num_classes": num_classes,
             "segment/decoder": pl_module.hparams["decoder"]["name"],
+            "segment/loss": pl_module.hparams["loss"],
+            "segment/class_weights": pl_module.hparams["class_weights"],
             "segment/epoch": epoch,
         }
         log_scalars(trainer, {key: score for key, score in scores.items() if score is not None})
@@ -99,7 +93,7 @@ class SegmentationMonitor(EpochMeasurement):
         for number, plot in enumerate(plots):
             tag = tag_of(f"image_truth_prediction/{number}")
             board.add_image(tag, plot, step, dataformats="HWC")
-        matrix = confusion_card(names, confusion.cpu().numpy(), "pixels")
+        matrix = confused_pixels(names, counts.confusion)
         board.add_image(tag_of("segment/confusion"), pixels(matrix), step, dataformats="HWC")
 
 
@@ -111,40 +105,15 @@ def plot_first_images(
     values: PixelValues | None,
     count: int,
 ) -> list[np.ndarray]:
-    """Return the pixels of plots of the first `count` images of a batch, see `comparison_card`.
+    """Return the pixels of plots of the first `count` images of a batch, see `compared_masks`.
 
     Args:
         names: of the classes, as plots show them.
         values: how the pixels of the images were made.
     """
-    mean = torch.tensor(pl_module.hparams["mean"]).view(-1, 1, 1)
-    std = torch.tensor(pl_module.hparams["std"]).view(-1, 1, 1)
+    mean, std = pl_module.hparams["mean"], pl_module.hparams["std"]
     plots = []
     for row in range(min(count, len(batch.images))):
-        image = (batch.images[row] * std + mean).clamp(0, 1)
-        if values is not None and values.is_float:
-            shown = values.shown(image.permute(1, 2, 0).numpy())
-            image = torch.from_numpy(shown).permute(2, 0, 1) / 255
-        truth, guess = batch.classes[row].cpu(), predicted[row].cpu()
-        panels = comparison_plot(image, truth, guess, pl_module.num_classes)
-        classes = classes_in(torch.stack([truth, guess]), names)
-        plots.append(pixels(comparison_card(panels.permute(1, 2, 0).numpy(), classes)))
+        image, classes = batch.images[row], batch.classes[row]
+        plots.append(compared_masks(image, classes, predicted[row], names, mean, std, values))
     return plots
-
-
-def classes_in(numbers: Tensor, names: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """Return the names and colours of the classes that have most pixels, by class number.
-
-    Args:
-        numbers: class numbers of pixels, of any shape; a number without a name is no class.
-        names: of all classes.
-    """
-    num_pixels = numbers.flatten().clamp(max=len(names)).bincount(minlength=len(names) + 1)
-    largest = num_pixels.argsort(descending=True, stable=True)[:COMPARED_CLASSES]
-    colours = class_colours(len(names)).tolist()
-    classes = []
-    for number in sorted(largest.tolist()):
-        if num_pixels[number] > 0:
-            name = names[number] if number < len(names) else "no class"
-            classes.append((name, colours[number]))
-    return classes

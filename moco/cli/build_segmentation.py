@@ -13,7 +13,9 @@ from moco.callbacks.segmentation_monitor import SegmentationMonitor
 from moco.callbacks.training_monitor import LossMonitor
 from moco.cli import training_run
 from moco.cli.checks import check_deterministic_segmentation
+from moco.cli.closing_tables import metric_in_words
 from moco.cli.resuming import Resumed
+from moco.cli.segmentation_settings import check_metric, tell_of_draw
 from moco.cli.starting_backbone import StartingBackbone
 from moco.cli.training_run import Run
 from moco.config.segment import SegmentConfig
@@ -21,9 +23,12 @@ from moco.data.sources.source import PIXEL_SETTINGS
 from moco.errors import InputError
 from moco.models.contract import check_feature_maps
 from moco.models.swin.backbone import Swin
+from moco.runs.training_set import TrainingSet, training_set
 from moco.segmentation.decoders import choose_decoder
+from moco.segmentation.label_draw import label_draw
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_sources import build_segmentation_source
+from moco.segmentation.pixel_losses import check_loss
 from moco.segmentation.segmentation_data import SegmentationData
 from moco.segmentation.segmenter import Segmenter
 
@@ -36,8 +41,11 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
     """Return the loaders of the dataset, with every file checked.
 
     Raises:
-        InputError: the dataset cannot be used, or a setting of data or augmentation is wrong.
+        InputError: the dataset cannot be used, or a setting of the data, of the augmentation, of
+            the loss or of the best checkpoint is wrong.
     """
+    check_loss(config.loss, config.class_weights)
+    draw = label_draw(config.label_fraction, config.num_images, config.label_seed)
     source_settings = dataclasses.asdict(config.data)
     batch_size = source_settings.pop("batch_size")
     num_workers = source_settings.pop("num_workers")
@@ -46,7 +54,8 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
     for key in PIXEL_SETTINGS:
         given = source_settings.pop(key)
         pixel_settings[key] = start.pixel_settings.get(key) if given is None else given
-    source = build_segmentation_source(**source_settings)
+    source = build_segmentation_source(**source_settings, draw=draw)
+    check_metric(config.evaluation.metric, source.class_names)
     values = source.prepare(pixel_settings, start.mean, config.preview.bands)
     augmentation = dataclasses.asdict(config.augmentation)
     augmentation |= {"mean": start.mean, "std": start.std}
@@ -58,7 +67,7 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
         bands=values.bands,
         is_float=values.is_float,
     )
-    return SegmentationData(
+    data = SegmentationData(
         source,
         view,
         batch_size=batch_size,
@@ -67,6 +76,8 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
         num_workers=num_workers,
         seed=config.seed,
     )
+    tell_of_draw(data, config)
+    return data
 
 
 def check_decoder(config: SegmentConfig, start: StartingBackbone) -> str:
@@ -91,11 +102,22 @@ def check_decoder(config: SegmentConfig, start: StartingBackbone) -> str:
 
 
 def build_segmenter(
-    config: SegmentConfig, start: StartingBackbone, decoder: str, class_names: Sequence[str]
+    config: SegmentConfig,
+    start: StartingBackbone,
+    decoder: str,
+    class_names: Sequence[str],
+    class_weights: list[float] | None = None,
 ) -> Segmenter:
     """Return the model with the weights of the backbone.
 
     The decoder's weights are the same for every backbone of one architecture and seed.
+
+    Args:
+        config: the config of the run.
+        start: the backbone.
+        decoder: its name.
+        class_names: of the dataset.
+        class_weights: of the loss, see `resolved_class_weights`.
     """
     optimizer = dataclasses.asdict(config.optimizer)
     if optimizer["layer_decay"] is None:
@@ -115,6 +137,8 @@ def build_segmenter(
         class_names=list(class_names),
         mean=start.mean,
         std=start.std,
+        loss=config.loss,
+        class_weights=class_weights,
     )
     segmenter.model.backbone.load_state_dict(start.backbone.state_dict())
     log.info(
@@ -141,11 +165,15 @@ def build_trainer(run: Run, resumed: Resumed | None) -> pl.Trainer:
         num_plotted_images=config.evaluation.num_plotted_images,
         should_stop=partial(bool, run.stop),
     )
+    metric = config.evaluation.metric
+    scores = [(f"segment/{metric}", metric_in_words(metric))]
+    if metric != "miou":
+        scores.append(("segment/miou", "mIoU"))
     return training_run.build_trainer(
         run,
         LossMonitor(run.figures, config.trainer.log_every_n_steps),
         [monitor],
-        [("segment/miou", "mIoU")],
+        scores,
         {"every_n_epochs": config.checkpoint_every_n_epochs},
         resumed=resumed,
     )
@@ -162,6 +190,29 @@ def backbone_origin(config: SegmentConfig, start: StartingBackbone) -> dict[str,
     if hasattr(start.backbone, "window_size"):
         figures["segment/window_size"] = list(start.backbone.window_size)
     return figures
+
+
+def images_origin(config: SegmentConfig, data: SegmentationData) -> dict[str, Any]:
+    """Return which images are trained on, and what chooses the best checkpoint of them."""
+    train = data.source.train
+    figures: dict[str, Any] = {
+        "segment/metric": config.evaluation.metric,
+        "segment/num_train_images": len(train),
+    }
+    draw = data.source.draw
+    if draw is not None:
+        num_all = len(train) + data.source.num_undrawn
+        figures["segment/label_fraction"] = len(train) / num_all
+        figures["segment/label_seed"] = draw.label_seed
+    return figures
+
+
+def images_of_run(config: SegmentConfig, data: SegmentationData) -> TrainingSet:
+    """Return what a checkpoint keeps of the images that the run trains on."""
+    train = data.source.train
+    images = training_set(train.images.files, len(train), config.data.batch_size, config.data.root)
+    # An epoch on few images takes several crops of each.
+    return dataclasses.replace(images, steps_per_epoch=data.steps_per_epoch)
 
 
 def tensor_settings(config: Any, hparams: Any) -> dict[str, Any]:

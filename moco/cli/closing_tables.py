@@ -20,7 +20,12 @@ from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource
 from moco.errors import encodable, printable
-from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
+from moco.runs.run_folder import (
+    BACKBONE_FILE,
+    BEST_CHECKPOINT,
+    LAST_CHECKPOINT,
+    as_override,
+)
 from moco.runs.shell_quotes import shell_quoted
 from moco.targets import GIVEN
 from moco.training.stopwatches import epoch_time, in_words
@@ -31,6 +36,16 @@ KNN_FIGURES = {
     "knn_untrained/top1": "untrained backbone",
     "knn_start/top1": "weights of init_from",
     "knn/top1": "pretrained backbone",
+}
+# The figures of a segmentation, in the order of the table.
+SEGMENT_FIGURES = {
+    "segment/miou": "mIoU",
+    "segment/dice": "mean Dice",
+    "segment/pixel_accuracy": "pixel accuracy",
+    "segment/class_accuracy": "mean class accuracy",
+    "segment/sensitivity": "sensitivity",
+    "segment/specificity": "specificity",
+    "segment/auc": "AUC",
 }
 # The figures in the line of a sweep's job, beside its loss.
 JOB_FIGURES = (
@@ -212,21 +227,52 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
             f"{figures['segment/num_images']:,} images, inference={figures['segment/inference']}"
         )
         rows.append(("measured on", protocol))
-        rows.append(("mIoU", shown(figures["segment/miou"])))
-        rows.append(("pixel accuracy", shown(figures["segment/pixel_accuracy"])))
+        for key, name in SEGMENT_FIGURES.items():
+            if key in figures:
+                rows.append((name, shown(figures[key])))
         if len(class_names) <= MAX_CLASSES_SHOWN:
             rows += [(f"IoU, {name}", shown_iou(figures, name)) for name in class_names]
-    rows.append(("checkpoint", os.path.relpath(run.folder / LAST_CHECKPOINT)))
+    checkpoint = run.folder / LAST_CHECKPOINT
+    rows.append(("checkpoint", os.path.relpath(checkpoint)))
+    best = run.folder / BEST_CHECKPOINT
+    # A run that goes on with other images has the file of before, until there is a better one.
+    if best.is_file() and "segment/best_epoch" in figures:
+        checkpoint = best
+        rows.append(("best checkpoint", os.path.relpath(best)))
+        rows.append(("chosen by", best_in_words(run)))
     print_table(run.console, "Segmentation is done", rows)
+    model = as_override("checkpoint", os.path.relpath(checkpoint))
+    steps = [f"python -m moco.predict {model} data=images data.root=PATH"]
     folder = os.path.relpath(run.folder)
     if "tensorboard" in logger_names(run.plain["logger"]):
-        print_next(run.console, [f"tensorboard --logdir {shell_quoted(folder)}"])
+        steps.append(f"tensorboard --logdir {shell_quoted(folder)}")
+    print_next(run.console, steps)
+
+
+def best_in_words(run: Run) -> str:
+    """Return the figure that has chosen the best checkpoint, and its epoch."""
+    metric = run.config.evaluation.metric
+    best = run.figures[f"segment/best_{metric}"]
+    epoch = run.figures["segment/best_epoch"]
+    return f"{metric_in_words(metric)} {best:.4f} after epoch {epoch}"
+
+
+def metric_in_words(metric: str) -> str:
+    """Return how the progress bar and the closing lines call a figure of segmentation.
+
+    Args:
+        metric: ``evaluation.metric`` of the config.
+    """
+    kind, _, name = metric.partition("/")
+    if name:
+        return f"{'IoU' if kind == 'iou' else 'Dice'} of {printable(name)}"
+    return SEGMENT_FIGURES[f"segment/{metric}"]
 
 
 def shown(share: float | None) -> str:
-    """Return a figure of segmentation as text. Without a pixel that has a class there is none."""
+    """Return a figure of segmentation as text. There may be no pixel that tells it."""
     if share is None:
-        return "none: no held-out pixel has a class"
+        return "none: no held-out pixel tells it"
     return f"{share:.4f}"
 
 

@@ -88,6 +88,8 @@ def measure(config: EvaluateConfig) -> tuple[Findings, dict[str, Any]]:
         image_size=image_size,
         batch_size=config.evaluation.batch_size,
         num_workers=data.num_workers,
+        root=root,
+        plots=config.evaluation.plots,
     )
     origin = {
         "data": name,

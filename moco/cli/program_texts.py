@@ -124,7 +124,7 @@ PROGRAMS = {
         settings=(
             "checkpoint",
             "data.root",
-            "data.num_classes",
+            "label_fraction",
             "data.class_names",
             "data.ignore_index",
             "data.batch_size",
@@ -133,8 +133,8 @@ PROGRAMS = {
             "inference",
             "freeze_backbone",
             "backbone.window_size",
+            "loss",
             "optimizer.lr",
-            "optimizer.layer_decay",
             "trainer.max_epochs",
             "seed",
         ),

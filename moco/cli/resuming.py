@@ -13,7 +13,8 @@ import yaml
 from moco.config.segment import SegmentConfig
 from moco.errors import InputError
 from moco.runs.config_changes import completed, differing, flattened
-from moco.runs.run_folder import LAST_CHECKPOINT, as_override
+from moco.runs.run_folder import CONFIG, LAST_CHECKPOINT, as_override
+from moco.runs.run_status import read_status
 from moco.runs.training_set import TrainingSet, change_in_words, counted, from_checkpoint
 
 log = logging.getLogger(__name__)
@@ -174,3 +175,27 @@ def typed(key: str, value: Any) -> str:
     if isinstance(value, str):
         return as_override(key, value)
     return shlex.quote(f"{key}={json.dumps(value)}")
+
+
+def way_to_measure(config: SegmentConfig, folder: Path) -> str:
+    """Return how a finished run in `folder` is measured with these settings, without training.
+
+    It is empty for a run that is not finished, or whose dataset and inference are the same.
+    """
+    if (read_status(folder) or {}).get("state") != "finished":
+        return ""
+    there = yaml.safe_load((folder / CONFIG).read_text())
+    words = []
+    if config.inference != there["inference"]:
+        words.append(as_override("evaluation.inference", config.inference))
+    if config.data.name != there["data"]["name"]:
+        words.append(as_override("data", config.data.name))
+    if config.data.root != there["data"]["root"]:
+        words.append(as_override("data.root", str(config.data.root)))
+    if not words:
+        return ""
+    checkpoint = as_override("checkpoint", folder / LAST_CHECKPOINT)
+    return (
+        ". To measure the finished run so, without training: python -m moco.evaluate "
+        f"{checkpoint} evaluation=segmentation {' '.join(words)}"
+    )

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,6 +14,7 @@ from moco.cli.closing_tables import print_plain
 from moco.cli.preset_choice import PRESET_FILE, Preset
 from moco.cli.run_names import key_of, parsed
 from moco.cli.training_run import Run
+from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.errors import printable
 from moco.runs.shell_quotes import shell_quoted
@@ -49,7 +50,17 @@ def print_start(
         data: its data.
         step: number of optimizer steps that are done already; None for a new run.
     """
-    rows = start_rows(run, trainer, method, data, step)
+    print_rows(run, "Pretraining", start_rows(run, trainer, method, data, step))
+
+
+def print_rows(run: Run, title: str, rows: Sequence[Row]) -> None:
+    """Print what a training is about to do: a panel, or plain lines without a terminal.
+
+    Args:
+        run: the run.
+        title: of the panel.
+        rows: names and texts.
+    """
     width = max(len(name) for name, _ in rows)
     if not run.console.is_terminal:
         for name, text in rows:
@@ -67,7 +78,7 @@ def print_start(
             continue
         # As Text, brackets in a path are no markup.
         table.add_row(name, Text(printable(text)))
-    run.console.print(Panel(table, title="Pretraining", title_align="left", expand=False))
+    run.console.print(Panel(table, title=title, title_align="left", expand=False))
     for name, text in below:
         print_plain(run.console, printable(f"{name}: {text}"))
 
@@ -98,9 +109,14 @@ def start_rows(
     ]
     if "experiment" in names:
         rows.insert(0, ("experiment", names["experiment"]))
+    return rows + rows_of_folder(run)
+
+
+def rows_of_folder(run: Run) -> list[Row]:
+    """Return the run folder, and the command that shows the run in TensorBoard if it is there."""
     folder = os.path.relpath(run.folder)
-    rows.append(("run folder", folder))
-    if "tensorboard" in (config.logger or ()):
+    rows = [("run folder", folder)]
+    if "tensorboard" in (run.config.logger or ()):
         rows.append(("watch it", f"tensorboard --logdir {shell_quoted(folder)}"))
     return rows
 
@@ -207,7 +223,7 @@ def sizes_of(images: "Images") -> str:
     return " to ".join(dict.fromkeys(shown)) + " px"
 
 
-def describe_steps(config: TrainConfig, num_images: int, step: int | None) -> str:
+def describe_steps(config: TrainConfig | SegmentConfig, num_images: int, step: int | None) -> str:
     """Return steps per epoch, epochs, all steps, and how many are done already."""
     per_epoch = num_images // config.data.batch_size
     epochs = config.trainer.max_epochs
@@ -220,7 +236,7 @@ def describe_steps(config: TrainConfig, num_images: int, step: int | None) -> st
     return text
 
 
-def describe_batch(config: TrainConfig, trainer: "pl.Trainer") -> str:
+def describe_batch(config: TrainConfig | SegmentConfig, trainer: "pl.Trainer") -> str:
     """Return the number of images of an optimizer step and the devices that share them."""
     import torch
 

@@ -35,6 +35,7 @@ COLUMNS = {
     "linear (official)": "linear_official/top1",
     "dense mIoU": "dense/knn_miou",
     "mIoU": "segment/miou",
+    "mean Dice": "segment/dice",
     "rank": "label_free/feature_rank_me",
     "embedding rank": "label_free/rank_me",
     "is it learning?": "verdict",

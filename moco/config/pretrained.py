@@ -71,7 +71,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "seed",
     ),
     "label_free": (*CLASS_DATA, "feature", "cache", "plots", "map"),
-    "segmentation": ("ignore_index", "inference"),
+    "segmentation": ("ignore_index", "inference", "plots"),
     "linear": (*CLASS_DATA, "feature", "cache", "linear"),
     "linear_official": (*CLASS_DATA, "feature", "cache", "linear_official"),
 }
@@ -126,7 +126,7 @@ class EvaluationConfig:
     """segmentation: how images are predicted, see moco.segment. Null: as in the run."""
     plots: bool = True
     """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run
-    folder."""
+    folder. segmentation: draw the confusion matrix and some predictions."""
     map: str = setting("tsne", choices=("none", "tsne", "umap"))
     """How the queries are laid out in map.png. umap needs the extra `umap`."""
 

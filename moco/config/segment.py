@@ -107,6 +107,9 @@ class SegmentEvaluationConfig:
     """How many images of one size are predicted at once."""
     num_plotted_images: int = setting(4, at_least=0)
     """How many images TensorBoard shows for every measurement."""
+    metric: str = "miou"
+    """The figure that chooses ``best.ckpt``: miou, dice, pixel_accuracy, class_accuracy; auc where
+    there are two classes; or of one class, iou/NAME or dice/NAME."""
 
 
 @dataclass
@@ -131,6 +134,20 @@ class SegmentConfig:
     image_size: Optional[int] = setting(None, at_least=4)
     """Side of the training crops and of sliding windows, px. Null: the checkpoint's."""
     augmentation: SegmentAugmentationConfig = field(default_factory=SegmentAugmentationConfig)
+    loss: str = setting("ce", choices=("ce", "ce_dice", "dice", "focal", "lovasz"))
+    """See ``moco.segmentation.pixel_losses``. ce: cross-entropy. ce_dice: its sum with the Dice
+    loss."""
+    class_weights: Any = None
+    """Weights of the classes in the loss: a list of a number above 0 for each class. auto:
+    1 / ln(1.02 + p), p being the share of the class in the training masks. Null: all weigh
+    alike."""
+    label_fraction: Optional[float] = setting(None, above=0, at_most=1)
+    """Train on this fraction of the training images. Which ones depends on their names and
+    label_seed alone; a smaller draw lies inside a larger one. Null: on all."""
+    num_images: Optional[int] = setting(None, at_least=1)
+    """Train on this number of training images, drawn in the same way."""
+    label_seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    """Seed of that draw. seed does not change it."""
     optimizer: SegmentOptimizerConfig = field(default_factory=SegmentOptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     inference: str = setting("whole", choices=("slide", "whole"))

@@ -260,7 +260,7 @@ def blocks_of_images(images: Iterator[ImagePatches]) -> Iterator[list[ImagePatch
 def dense_figures(
     confusion: Tensor, class_names: Sequence[str], kind: str
 ) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """Return `segmentation_figures` under the names of ``metrics.json``.
+    """Return the IoUs and the pixel accuracy under the names of ``metrics.json``.
 
     Returns:
         The figures of all classes together, ``dense/KIND_miou`` and ``dense/KIND_pixel_accuracy``;
@@ -270,9 +270,9 @@ def dense_figures(
     class_ious: dict[str, float | None] = {}
     for key, value in segmentation_figures(confusion, class_names).items():
         name = key.replace("segment/", f"dense/{kind}_", 1)
-        if "_iou/" in name:
+        if key.startswith("segment/iou/"):
             class_ious[name] = value
-        else:
+        elif key in ("segment/miou", "segment/pixel_accuracy"):
             scores[name] = value
     return scores, class_ious
 

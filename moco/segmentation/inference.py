@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def predicted_classes(
+def predicted_logits(
     predict: Callable[[Tensor], Tensor], images: Tensor, inference: str, window: int
 ) -> Tensor:
-    """Return the class of every pixel, (N, height, width) int64.
+    """Return the logits of every pixel, (N, classes, height, width).
 
     Args:
         predict: returns logits (N, classes, height, width) for images (N, 3, height, width).
@@ -22,8 +22,15 @@ def predicted_classes(
     """
     if inference == "slide":
         stride = max(1, window * 2 // 3)
-        return sliding_logits(predict, images, window, stride).argmax(dim=1)
-    return predict(images).argmax(dim=1)
+        return sliding_logits(predict, images, window, stride)
+    return predict(images)
+
+
+def predicted_classes(
+    predict: Callable[[Tensor], Tensor], images: Tensor, inference: str, window: int
+) -> Tensor:
+    """Return the class of every pixel, (N, height, width) int64; see `predicted_logits`."""
+    return predicted_logits(predict, images, inference, window).argmax(dim=1)
 
 
 def sliding_logits(
@@ -32,7 +39,7 @@ def sliding_logits(
     """Return logits (N, classes, height, width): the mean over all windows that hold a pixel.
 
     Args:
-        predict, images: see `predicted_classes`.
+        predict, images: see `predicted_logits`.
         window: side of the square windows, px. A shorter side of the images is taken whole.
         stride: from one window to the next, px.
     """

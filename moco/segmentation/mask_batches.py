@@ -49,19 +49,23 @@ def num_read(batch: MaskBatch) -> int:
 
 @dataclass(frozen=True)
 class Crops:
-    """Augmented crops for training, by (epoch, index)."""
+    """Augmented crops for training, by (epoch, number).
+
+    A number of M or more is another crop of one of the M images: after the last comes the first.
+    """
 
     images: MaskedImages
     view: SegmentationView
 
     def name(self, place: tuple[int, int]) -> str:
         """Return the path of the image."""
-        return self.images.name(place[1])
+        return self.images.name(place[1] % len(self.images))
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         """Return a normalised crop, the classes of its pixels, and the number of the image."""
-        epoch, index = place
-        pixels, classes = self.view(*self.images[index], epoch, index)
+        epoch, number = place
+        index = number % len(self.images)
+        pixels, classes = self.view(*self.images[index], epoch, number)
         return pixels, classes, index
 
 

@@ -7,6 +7,7 @@ that a mistake is found at once.
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from moco.data.sources.sample import prepare_source
 from moco.data.sources.source import DataSource
 from moco.errors import InputError, printable, unknown_name
 from moco.phases import counted
+from moco.segmentation.label_draw import LabelDraw
 from moco.segmentation.masked_images import MaskedImages, Pair
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,12 @@ class SegmentationSource:
     """The name of each class; the class number is the position."""
     ignore_index: int
     """The number of pixels that have no class."""
+    class_pixels: tuple[int, ...]
+    """How many pixels of each class the masks to train on hold."""
+    draw: LabelDraw | None = None
+    """How the images to train on were drawn; None: they are all that there are."""
+    num_undrawn: int = 0
+    """How many training images the draw leaves out."""
 
     def prepare(
         self, data: Mapping[str, Any], mean: Sequence[float], display: Any = None
@@ -108,6 +116,7 @@ def build_segmentation_source(
     ignore_index: int = 255,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     is_trained_on: bool = True,
+    draw: LabelDraw | None = None,
 ) -> SegmentationSource:
     """Return the dataset `name`, with every pair of files checked.
 
@@ -122,6 +131,8 @@ def build_segmentation_source(
         max_image_pixels: an image or mask with more pixels is refused.
         is_trained_on: False: the dataset is only measured. A folder without a part for training
             is then held out as a whole.
+        draw: which of the training images are used; None: all. It does not change the number of
+            classes.
 
     Raises:
         InputError: the dataset cannot be used. The message names the file or the key.
@@ -133,6 +144,9 @@ def build_segmentation_source(
         names, names_origin = class_names, "data.class_names"
     check_class_names(names, names_origin, num_classes)
 
+    chosen = list(range(len(listing.train)))
+    if draw is not None:
+        chosen = draw.chosen([pair.name for pair in listing.train])
     started = time.monotonic()
     pairs = listing.train + listing.validation
     sizes, numbers = inspect_pairs(pairs, ignore_index, max_image_pixels)
@@ -143,7 +157,10 @@ def build_segmentation_source(
         len(listing.validation),
         time.monotonic() - started,
     )
-    train_numbers = sorted(set().union(*numbers[:num_train]))  # in the masks to train on
+    pixels_of_numbers = Counter[int]()  # in the masks to train on
+    for place in chosen:
+        pixels_of_numbers.update(numbers[place])
+    train_numbers = sorted(pixels_of_numbers)
     if is_trained_on:
         check_two_classes(root, train_numbers, ignore_index)
     if not any(numbers[num_train:]):
@@ -170,10 +187,13 @@ def build_segmentation_source(
             ignore_index,
         )
     return SegmentationSource(
-        MaskedImages(listing.train, sizes[:num_train], max_image_pixels),
+        MaskedImages([pairs[place] for place in chosen], sizes[chosen], max_image_pixels),
         MaskedImages(listing.validation, sizes[num_train:], max_image_pixels),
         tuple(names),
         ignore_index,
+        tuple(pixels_of_numbers[number] for number in range(len(names))),
+        draw,
+        num_train - len(chosen),
     )
 
 
@@ -286,7 +306,8 @@ def list_voc2012(root: str, download: bool) -> Listing:
         part = torchvision_dataset(
             "VOCSegmentation", root, year="2012", image_set=image_set, download=download
         )
-        parts.append(list(map(Pair, part.images, part.masks)))
+        names = [Path(path).stem for path in part.images]
+        parts.append(list(map(Pair, part.images, part.masks, names)))
         download = False  # one archive holds both parts
     train, validation = parts
     return Listing(train, validation, VOC_CLASSES, "voc2012")
@@ -324,7 +345,7 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
         raise InputError(printable(alone[0] + and_more(len(alone))))
     pairs = {}
     for key in sorted(image_paths):
-        pairs[key] = Pair(image_paths[key], mask_paths[key])
+        pairs[key] = Pair(image_paths[key], mask_paths[key], key)
     return pairs
 
 
@@ -362,7 +383,7 @@ def hold_out_a_tenth(pairs: dict[str, Pair]) -> tuple[list[Pair], list[Pair]]:
 
 def inspect_pairs(
     pairs: Sequence[Pair], ignore_index: int, max_image_pixels: int
-) -> tuple[np.ndarray, list[list[int]]]:
+) -> tuple[np.ndarray, list[dict[int, int]]]:
     """Open all M pairs of files, in parallel threads.
 
     Only the header of an image is read. A mask is decoded, because its numbers are needed. Pillow
@@ -370,7 +391,8 @@ def inspect_pairs(
     about 10 ms of one core.
 
     Returns:
-        (M, 2) height and width in px, and the numbers in each mask except `ignore_index`.
+        (M, 2) height and width in px, and the numbers in each mask except `ignore_index`, with how
+        many pixels have them.
 
     Raises:
         InputError: a pair cannot be used. The message names the file of the first such pair.
@@ -386,13 +408,13 @@ def inspect_pairs(
 
 def inspect_pair(
     pair: Pair, ignore_index: int, max_image_pixels: int
-) -> tuple[tuple[int, int], list[int]]:
+) -> tuple[tuple[int, int], dict[int, int]]:
     """Read the size of an image and the numbers in its mask.
 
     This runs in threads. The caller ignores Pillow's warnings around all of them.
 
     Returns:
-        Height and width in px, and the numbers except `ignore_index`, each once.
+        Height and width in px, and the numbers except `ignore_index`, with their pixels.
 
     Raises:
         InputError: a file cannot be read, or the two files have different sizes.
@@ -407,8 +429,16 @@ def inspect_pair(
             f"{printable(pair.mask)}: the mask has {mask.shape[1]} x {mask.shape[0]} px, "
             f"but its image {printable(pair.image)} has {width} x {height} px"
         )
-    numbers = np.unique(mask)
-    return (height, width), numbers[numbers != ignore_index].tolist()
+    if mask.dtype == np.uint8:
+        # Several times as fast as sorting.
+        counts = np.bincount(mask.ravel())
+        numbers = np.flatnonzero(counts)
+        num_pixels = counts[numbers]
+    else:
+        numbers, num_pixels = np.unique(mask, return_counts=True)
+    pixels_of_numbers = dict(zip(numbers.tolist(), num_pixels.tolist(), strict=True))
+    pixels_of_numbers.pop(ignore_index, None)
+    return (height, width), pixels_of_numbers
 
 
 def check_two_classes(root: str, numbers: Sequence[int], ignore_index: int) -> None:

@@ -1,7 +1,7 @@
 """Images with a class number for every pixel, by index."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ class Pair(NamedTuple):
 
     image: str
     mask: str
+    name: str = ""
+    """The path of the image below the folder of its part of the dataset, without its ending."""
 
 
 class MaskedImages:
@@ -50,3 +52,10 @@ class MaskedImages:
     def name(self, index: int) -> str:
         """Return the path of the image."""
         return self.images.name(index)
+
+    def name_below(self, root: Any, index: int) -> str:
+        """Return the path of the image without the dataset's folder `root`."""
+        name = self.name(index)
+        if isinstance(root, str):
+            name = name.removeprefix(root.rstrip("/") + "/")
+        return name

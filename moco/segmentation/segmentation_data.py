@@ -1,5 +1,7 @@
 """The data of a segmentation run as a Lightning data module."""
 
+import math
+
 import pytorch_lightning as pl
 
 from moco.data.loading.datamodule import check_batch_size
@@ -14,6 +16,11 @@ from moco.segmentation.mask_sources import SegmentationSource
 
 class SegmentationData(pl.LightningDataModule):
     """Augmented crops in a reproducible order to train on, and whole images to measure on.
+
+    An epoch takes a crop of every image, except of those that do not fill a last batch. Where a
+    draw (`LabelDraw`) leaves fewer images than a batch holds, an epoch is one batch with several
+    crops of each image. So a run on few labels has the batch size of the run that it is compared
+    with. Other datasets need as many images as a batch holds.
 
     Args:
         source: the images with masks.
@@ -41,7 +48,12 @@ class SegmentationData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_batch_size(batch_size, batches_per_step, len(source.train))
+        self.crops_per_image = 1
+        """Crops of each image among which an epoch chooses."""
+        if source.draw is not None:
+            self.crops_per_image = math.ceil(batch_size / len(source.train))
+        num_crops = len(source.train) * self.crops_per_image
+        check_batch_size(batch_size, batches_per_step, num_crops)
         if batch_size // batches_per_step < 2:
             raise InputError(
                 f"data.batch_size={batch_size}: a batch would hold one image; "
@@ -49,6 +61,9 @@ class SegmentationData(pl.LightningDataModule):
             )
         self.source = source
         self.view = view
+        self.num_crops = num_crops
+        self.steps_per_epoch = num_crops // batch_size
+        """Optimizer steps."""
         self.batch_size = batch_size
         self.batches_per_step = batches_per_step
         self.evaluation_batch_size = evaluation_batch_size
@@ -59,7 +74,7 @@ class SegmentationData(pl.LightningDataModule):
         train = self.source.train
         return ResumableLoader(
             ImageReader(Crops(train, self.view), unchanged),
-            EpochSampler(len(train), self.batch_size, self.seed),
+            EpochSampler(self.num_crops, self.batch_size, self.seed),
             self.batch_size // self.batches_per_step,
             collate_fn=mask_batch,
             **loader_options(self.num_workers, device_of(self)),

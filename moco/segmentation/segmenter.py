@@ -5,18 +5,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.models.backbones import build_backbone
 from moco.segmentation.decoders import SegmentationModel, build_decoder
 from moco.segmentation.layer_depths import depths_from_the_top
+from moco.segmentation.pixel_losses import SegmentationLoss
 from moco.training.optimizers import build_layered_optimizer
 from moco.training.schedules import fine_tuning_lr_at
 
 
 class Segmenter(pl.LightningModule):
-    """A backbone, a decoder, and cross-entropy at every pixel that has a class.
+    """A backbone, a decoder, and a loss of the pixels that have a class.
 
     The arguments are plain numbers, strings and dicts, because a checkpoint holds them and rebuilds
     the module from them.
@@ -32,6 +32,9 @@ class Segmenter(pl.LightningModule):
         image_size: side of the training crops and of sliding windows, px.
         class_names: one name for each class.
         mean, std: of the images' normalisation, per channel, of pixels in 0..1.
+        loss: name of the loss, see `SegmentationLoss`. Checkpoints of earlier versions have none:
+            they were trained with ``ce``.
+        class_weights: of the loss, a number above 0 for each class; None: all weigh alike.
     """
 
     def __init__(
@@ -46,12 +49,15 @@ class Segmenter(pl.LightningModule):
         class_names: list[str],
         mean: list[float],
         std: list[float],
+        loss: str = "ce",
+        class_weights: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
         net = build_backbone(**backbone)
         head = build_decoder(backbone=net, num_classes=num_classes, **decoder)
         self.model = SegmentationModel(net, head, freeze_backbone)
+        self.loss = SegmentationLoss(loss, ignore_index, class_weights)
         self.num_classes = num_classes
         self.schedule_offset = 0
         """Added to the step that the schedule sees, see `ResumedSchedule`."""
@@ -70,7 +76,7 @@ class Segmenter(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         logits = self.model(batch.images)
-        return {"loss": pixel_cross_entropy(logits, batch.classes, self.ignore_index)}
+        return {"loss": self.loss(logits, batch.classes)}
 
     def optimizer_step(
         self,
@@ -115,21 +121,3 @@ class Segmenter(pl.LightningModule):
             warmup_steps=settings["warmup_steps"],
             power=settings["power"],
         )
-
-
-def pixel_cross_entropy(logits: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
-    """Return the mean loss over the pixels that have a class, in nats; 0 if no pixel has one.
-
-    It is computed in float32 with any precision setting.
-
-    Args:
-        logits: (N, classes, height, width).
-        classes: (N, height, width) class numbers or `ignore_index`.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        # The losses are summed here, because CUDA has no deterministic form of the loss that sums.
-        losses = F.cross_entropy(
-            logits.float(), classes, ignore_index=ignore_index, reduction="none"
-        )
-    num_labelled = (classes != ignore_index).sum().clamp(min=1)
-    return losses.sum() / num_labelled

@@ -25,6 +25,7 @@ MAIN_ORDER = {
     "segment/miou": 2,
     "train/learning_rate": 3,
     "contrast/top1": 4,
+    "segment/dice": 4,
     "segment/pixel_accuracy": 4,
     "contrast/top5": 5,
     "images_per_second": 6,
@@ -89,19 +90,25 @@ def charts_of(score: str) -> dict[str, dict[str, Chart]]:
     """Return the overlaid charts of a run: the names of their figures, by category and title.
 
     Args:
-        score: the run's figure of merit, ``knn/top1`` in a pretraining or ``segment/miou``.
+        score: the run's figure of merit: ``knn/top1`` in a pretraining, or one that begins with
+            ``segment/``.
     """
     times: dict[str, Chart] = {
         "seconds of an epoch": [
             f"time/{part}" for part in ("steps", "data_wait", "monitors", "checkpoints", "logging")
         ]
     }
-    if score == "segment/miou":
+    if score.startswith("segment/"):
         return {
             "Is it learning?": {
                 "loss: of steps, of epochs": ["train/loss", "epoch/loss"],
-                "held-out images: mIoU, pixel accuracy": [score, "segment/pixel_accuracy"],
+                "held-out images: mIoU, mean Dice, pixel accuracy": [
+                    "segment/miou",
+                    "segment/dice",
+                    "segment/pixel_accuracy",
+                ],
                 "IoU of each class": ["segment/iou/.*"],
+                "Dice of each class": ["segment/dice/.*"],
             },
             "Where does the time go?": times,
         }

@@ -421,7 +421,7 @@ def test_a_resume_in_the_middle_of_a_streak_keeps_the_count(runner, monkeypatch,
 
 
 def test_fine_tuning_skips_bad_steps_too(tmp_path, monkeypatch):
-    import moco.segmentation.segmenter as module
+    import moco.segmentation.pixel_losses as module
     from moco.segment import run as segment
     from tests.segmentation.shapes import draw_shapes
     from tests.segmentation.test_segment import FROM_SCRATCH, config_of

@@ -117,8 +117,10 @@ def test_a_segmentation_names_a_folder_that_can_be_copied(tmp_path, monkeypatch)
         stream = io.StringIO()
         run = segment_run(tmp_path, Console(file=stream, width=200), logger)
         print_segmentation(run, ["a"] * 100)
-        line = "next: tensorboard --logdir 'a run [1]'"
-        assert (line in stream.getvalue().splitlines()) == expected
+        lines = stream.getvalue().splitlines()
+        assert ("or: tensorboard --logdir 'a run [1]'" in lines) == expected
+        path = "'checkpoint=\"a run [1]/checkpoints/last.ckpt\"'"
+        assert f"next: python -m moco.predict {path} data=images data.root=PATH" in lines
 
 
 def test_a_job_of_a_sweep_ends_with_one_line(tmp_path, monkeypatch):

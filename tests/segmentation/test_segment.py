@@ -1,6 +1,7 @@
 """moco.segment from start to end on shapes that the tests draw."""
 
 import contextlib
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -22,6 +23,7 @@ from moco.config.train import TrainConfig
 from moco.errors import InputError, Interrupted
 from moco.models.swin.window_change import rewindow
 from moco.segment import run
+from moco.segmentation.metrics import SegmentationCounts
 from moco.segmentation.segmenter import Segmenter
 from moco.training.board_layout import tag_of
 from moco.training.random_states import random_states
@@ -219,7 +221,27 @@ def test_the_closing_table_shows_every_class(trained):
     shown = (folder / "shown.txt").read_text()
     assert re.search(rf"IoU, disc +│ {figures['segment/iou/disc']:.4f}", shown)
     assert "8 images, inference=whole" in shown
-    assert "next: tensorboard --logdir" in shown
+    assert f"after epoch {figures['segment/best_epoch']}" in shown
+    best = os.path.relpath(folder / "checkpoints/best.ckpt")
+    last_lines = shown.splitlines()[-2:]
+    assert last_lines[0] == (
+        f"next: python -m moco.predict checkpoint={best} data=images data.root=PATH"
+    )
+    assert last_lines[1].startswith("or: tensorboard --logdir")
+
+
+def test_the_start_panel_says_what_is_trained(trained):
+    shown = (trained[0] / "shown.txt").read_text()
+    for row in (
+        r"backbone +resnet_tiny, .* million parameters, random weights",
+        r"images +24 to train on, 8 held out",
+        r"classes +3: wall, disc, square",
+        r"crops +32 px; held-out images whole",
+        r"steps +3 an epoch x 10 epochs = 30",
+        r"batch +8 images on CPU",
+        r"best\.ckpt by +mIoU",
+    ):
+        assert re.search(f"^{row}", shown, re.MULTILINE), row
 
 
 def interrupt_at(step, context):
@@ -270,6 +292,71 @@ def test_interrupts_do_not_change_the_result(shapes, tmp_path, monkeypatch):
         run(config_of(shapes, *settings, "freeze_backbone=true"), tmp_path / "parts")
 
 
+FEW_LABELS = [
+    *FROM_SCRATCH,
+    "num_images=3",
+    "class_weights=auto",
+    "loss=focal",
+    "evaluation.metric=dice/disc",
+    "data.class_names=[wall,disc,square]",
+]
+
+
+def test_a_run_on_few_labels_says_which_and_keeps_the_best_by_its_metric(shapes, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(config_of(shapes, *FEW_LABELS, "trainer.max_epochs=2"), tmp_path)
+    figures = figures_in(tmp_path)
+    assert (figures["segment/num_train_images"], figures["segment/label_fraction"]) == (3, 1 / 8)
+    assert (figures["step"], figures["segment/label_seed"]) == (2, 0)
+    names = (tmp_path / "train_images.txt").read_text().splitlines()
+    assert len(names) == 3
+    assert all((shapes / name).is_file() for name in names)
+    assert "num_images=3: 3 of 24 training images, drawn by their names" in caplog.text
+    assert (
+        "an epoch has 1 step instead of 3; to train, measure and save as often as with all images: "
+        "trainer.max_epochs=6 evaluation.every_n_epochs=3 checkpoint_every_n_epochs=3"
+    ) in caplog.text
+
+    assert (figures["segment/metric"], figures["segment/loss"]) == ("dice/disc", "focal")
+    hparams = last_checkpoint(tmp_path)["hyper_parameters"]
+    assert hparams["class_weights"] == figures["segment/class_weights"]
+    pixels = np.zeros(3)
+    for name in names:
+        mask = np.array(Image.open(shapes / name.replace("images", "masks")))
+        pixels += np.bincount(mask[mask != 255], minlength=3)
+    shares = pixels / pixels.sum()
+    np.testing.assert_allclose(hparams["class_weights"], 1 / np.log(1.02 + shares))
+    best = torch.load(tmp_path / "checkpoints/best.ckpt", weights_only=True)["figures"]
+    assert best["segment/dice/disc"] == figures["segment/best_dice/disc"]
+    assert best["epoch"] == figures["segment/best_epoch"]
+
+
+@pytest.mark.slow
+def test_an_interrupt_does_not_change_a_run_on_few_labels(shapes, tmp_path, monkeypatch):
+    settings = [*FEW_LABELS, "trainer.max_epochs=3", "num_images=12", "data.batch_size=4"]
+    run(config_of(shapes, *settings), tmp_path / "whole")
+    with monkeypatch.context() as context:
+        interrupt_at(4, context)
+        with pytest.raises(Interrupted, match=r"step 5;"):
+            run(config_of(shapes, *settings), tmp_path / "parts")
+    run(config_of(shapes, *settings), tmp_path / "parts")
+    whole, parts = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
+    assert whole["global_step"] == parts["global_step"] == 9
+    assert_equal_weights(whole, parts)
+    key = "segment/best_dice/disc"
+    assert figures_in(tmp_path / "whole")[key] == figures_in(tmp_path / "parts")[key]
+    with pytest.raises(InputError, match="another configuration: num_images: 12 there, 13 here"):
+        run(config_of(shapes, *settings, "num_images=13"), tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["ce_dice", "dice", "lovasz"])
+def test_shapes_are_learned_with_every_loss(loss, shapes, tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    run(config_of(shapes, *FROM_SCRATCH, "trainer.max_epochs=10", f"loss={loss}"), tmp_path)
+    assert figures_in(tmp_path)["segment/miou"] > 0.7
+
+
 @pytest.mark.slow
 def test_a_resumed_run_continues_the_random_numbers_of_dropout_and_stochastic_depth(
     shapes, tmp_path, monkeypatch
@@ -295,17 +382,15 @@ def test_a_resumed_run_continues_the_random_numbers_of_dropout_and_stochastic_de
 
 @pytest.mark.slow
 def test_an_interrupted_measurement_is_done_after_the_restart(shapes, tmp_path, monkeypatch):
-    import moco.callbacks.segmentation_monitor as module
-
     config = [*FROM_SCRATCH, "trainer.max_epochs=1", "evaluation.batch_size=4"]
-    original = module.confusion_matrix
+    original = SegmentationCounts.add
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
         return original(*args)
 
     with monkeypatch.context() as context:
-        context.setattr(module, "confusion_matrix", interrupted)
+        context.setattr(SegmentationCounts, "add", interrupted)
         with pytest.raises(Interrupted, match="step 3;"):
             run(config_of(shapes, *config), tmp_path)
     assert "segment/miou" not in last_checkpoint(tmp_path)["figures"]
@@ -534,7 +619,37 @@ MISTAKES = [
         ["checkpoint={swin}", "trainer.cuda_graphs=true"],
         "trainer.cuda_graphs=true: moco.segment does not compile its model; expected false",
     ),
+    (
+        ["checkpoint={swin}", "class_weights=[1,2]"],
+        "class_weights=[1, 2]: expected auto, null or a list of 3 numbers above 0, one for each",
+    ),
+    (
+        ["checkpoint={swin}", "class_weights=[1,0,2]"],
+        "class_weights=[1, 0, 2]: expected auto, null or a list of 3 numbers above 0; 0 is none",
+    ),
+    (
+        ["checkpoint={swin}", "evaluation.metric=auc"],
+        "evaluation.metric=auc: needs two classes, and the dataset has 3",
+    ),
+    (
+        ["checkpoint={swin}", "evaluation.metric=iou/disk", "data.class_names=[wall,disc,box]"],
+        "evaluation.metric=iou/disk: unknown class 'disk'; did you mean 'disc'?",
+    ),
+    (
+        ["checkpoint={swin}", "evaluation.metric=mIoU"],
+        "evaluation.metric: unknown figure 'mIoU' (choices: auc, class_accuracy, dice, ",
+    ),
+    (
+        ["checkpoint={swin}", "num_images=25"],
+        "num_images=25: there are only 24 images to train on",
+    ),
+    (["checkpoint={swin}", "label_fraction=0"], "label_fraction=0.0: expected a number above 0"),
+    (["checkpoint={swin}", "loss=bce"], "loss: unknown value 'bce'; did you mean 'ce'?"),
     # A missing library is named before the data are read.
+    (
+        ["checkpoint={swin}", "loss=dice", "data.root=nowhere"],
+        "loss=dice: segmentation_models_pytorch is not installed",
+    ),
     (
         ["checkpoint={swin}", "decoder=auto", "data.root=nowhere"],
         "decoder=upernet: segmentation_models_pytorch is not installed",
@@ -595,12 +710,34 @@ def evaluated(path, folder, *overrides):
     return figures_in(folder)
 
 
+def check_report(folder, figures):
+    """Check the pictures, and the table of the images against the figures of all of them."""
+    report = folder / "report"
+    assert set(os.listdir(report)) == {"confusion.png", "predictions.png", "index.html"}
+    with Image.open(report / "predictions.png") as picture:
+        assert picture.height > 6 * 32
+    with (folder / "per_image.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [f"images/val/{number:02}.png" for number in range(8)]
+    num_pixels = np.array([int(row["pixels"]) for row in rows])
+    assert num_pixels.tolist() == [31 * 32] * 8  # without the first row
+    accuracies = np.array([float(row["pixel_accuracy"]) for row in rows])
+    assert figures["segment/pixel_accuracy"] == pytest.approx(np.average(accuracies))
+    # An image without a class, in its mask and in its prediction, has no figure of it.
+    assert {row["iou/disc"] for row in rows if not row["dice/disc"]} <= {""}
+    columns = {"image", "pixels", "miou", "dice", "pixel_accuracy", "class_accuracy"}
+    for name in ("wall", "disc", "square"):
+        columns |= {f"iou/{name}", f"dice/{name}"}
+    assert set(rows[0]) == columns
+
+
 def test_a_finished_run_is_measured_again_without_training(trained, shapes, tmp_path):
     folder, figures = trained
     path = folder / "checkpoints" / "last.ckpt"
     again = evaluated(path, tmp_path / "again")
     for key in ("segment/miou", "segment/pixel_accuracy", "segment/iou/disc", "segment/num_images"):
         assert again[key] == figures[key]
+    check_report(tmp_path / "again", again)
     slide = evaluated(path, tmp_path / "slide", "evaluation.inference=slide", "data.image_size=24")
     assert slide["segment/inference"] == "slide"
     assert 0 < slide["segment/miou"] != figures["segment/miou"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.archives import DAMAGED, read_arrays
-from moco.data.sources.label_sets import is_matrix_of_classes, numbered_sets
+from moco.data.sources.label_sets import is_matrix_of_classes, shared_numbers
 from moco.data.sources.own_dataset import class_names_of
 from moco.data.sources.source import (
     ArrayImages,
@@ -121,12 +121,10 @@ def labelled_sides(
             matrices.append(labels)
     widths = {matrix.shape[1] for matrix in matrices}
     if sides and len(matrices) == len(sides) and len(widths) == 1:
-        # Both sides share one table of combinations.
-        numbers, label_sets = numbered_sets(np.concatenate(matrices))
+        all_numbers, label_sets = shared_numbers(matrices)
         found = {}
-        for name, (images, _) in sides.items():
-            found[name] = Labelled(images, numbers[: len(images)], label_sets=label_sets)
-            numbers = numbers[len(images) :]
+        for (name, (images, _)), numbers in zip(sides.items(), all_numbers, strict=True):
+            found[name] = Labelled(images, numbers, label_sets=label_sets)
         return found
     return {name: numbered(f"{what}: {name}", *side) for name, side in sides.items()}
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.images import EncodedImage, UnreadableImage, encoded
+from moco.data.sources.label_sets import is_matrix_of_classes, shared_numbers
 from moco.data.sources.source import DataSource, Images, Labelled, warn_of_missing_classes
 from moco.errors import InputError, printable, said
 from moco.extras import install_command
@@ -57,7 +58,8 @@ class Split:
 
     Args:
         image_column: None takes the only column of type Image.
-        label_column: None takes the only column of type ClassLabel, if there is one.
+        label_column: None takes the only column of type ClassLabel, or of lists of it for images
+            with several classes, if there is one.
 
     Raises:
         InputError: the split is empty or has no such columns; the message names the choices.
@@ -84,7 +86,9 @@ class Split:
             )
         self.image_column = found
         self.label_column = self._choose_column(label_column, "data.label_column", ClassLabel)
-        names = getattr(dataset.features.get(self.label_column), "names", None)
+        kind = dataset.features.get(self.label_column)
+        self.has_lists = element_of(kind) is not None
+        names = getattr(element_of(kind) or kind, "names", None)
         if names is not None:
             names = tuple(names)
         self.class_names: tuple[str, ...] | None = names
@@ -95,12 +99,13 @@ class Split:
         features = self.dataset.features
         columns = []
         for name, kind in features.items():
-            if isinstance(kind, column_type):
+            if isinstance(element_of(kind) or kind, column_type):
                 columns.append(name)
         if given is None and len(columns) <= 1:
             return next(iter(columns), None)
-        # A label can also be a plain number.
-        dtype = getattr(features.get(given), "dtype", "")
+        # A label can also be a plain number, or a list of plain numbers.
+        kind = features.get(given)
+        dtype = getattr(element_of(kind) or kind, "dtype", "")
         is_number = "int" in str(dtype)
         if given not in columns and not (key == "data.label_column" and is_number):
             raise InputError(
@@ -120,9 +125,12 @@ class Split:
         return TableImages(table.with_format("arrow"), column, self.name, max_image_pixels)
 
     def labels(self) -> np.ndarray | None:
-        """Return the labels, (rows,) int64; None if there are none or some rows have none.
+        """Return the labels; None if there are none or some rows have none.
 
         Published test splits often have no labels.
+
+        Returns:
+            (rows,) int64; or (rows, classes) bool, if an image may have several classes.
 
         Raises:
             InputError: a label is no class; the message names the row.
@@ -131,23 +139,72 @@ class Split:
             return None
         table = self.dataset.select_columns([self.label_column]).with_format("arrow")
         column = table[:][self.label_column]
+        if self.has_lists:
+            return self._rows_of_classes(column)
         labels: np.ndarray = column.cast("int64").fill_null(NO_LABEL).to_numpy()
-        is_wrong = labels < NO_LABEL
+        self._check_classes(labels, np.arange(len(labels)), NO_LABEL, ", or -1 (no label)")
+        if NO_LABEL in labels:
+            log.info("%s has rows without a label: its labels are not used", printable(self.where))
+            return None
+        return labels
+
+    def _rows_of_classes(self, column: Any) -> np.ndarray | None:
+        """Return (rows, classes) bool of a column of lists; None if some rows have no list.
+
+        The lists hold the numbers of an image's classes; or, without class names, 0 and 1 for each
+        class.
+        """
+        import pyarrow.compute as pc
+
+        if column.null_count:
+            log.info("%s has rows without a label: its labels are not used", printable(self.where))
+            return None
+        rows = pc.list_parent_indices(column).to_numpy()
+        values: np.ndarray = pc.list_flatten(column).cast("int64").fill_null(NO_LABEL).to_numpy()
+        if self.class_names is not None:
+            self._check_classes(values, rows, 0, "")
+            is_class = np.zeros((len(column), len(self.class_names)), bool)
+            is_class[rows, values] = True
+            return is_class
+        lengths = np.bincount(rows, minlength=len(column))
+        if len(set(lengths)) == 1:
+            matrix = values.reshape(len(column), -1)
+            if is_matrix_of_classes(matrix, len(column)):
+                return matrix.astype(bool)
+        raise InputError(
+            f"data.root={self.where}: column {printable(str(self.label_column))} has lists of "
+            "numbers; expected 0 and 1 for each of two or more classes, or lists of ClassLabel"
+        )
+
+    def _check_classes(
+        self, labels: np.ndarray, rows: np.ndarray, smallest: int, also: str
+    ) -> None:
+        """Check that labels (M,) of rows (M,) are numbers of classes.
+
+        Args:
+            smallest: the smallest number that is allowed.
+            also: what else is expected, for the message.
+
+        Raises:
+            InputError: one is not.
+        """
+        is_wrong = labels < smallest
         expected = "0 or more"
         if self.class_names is not None:
             num_classes = len(self.class_names)
             is_wrong |= labels >= num_classes
             expected = f"0 to {num_classes - 1}, its {num_classes} classes"
         # `datasets` checks labels when a table is written, and not when it is read.
-        for row in np.flatnonzero(is_wrong).tolist():
+        for place in np.flatnonzero(is_wrong).tolist():
             raise InputError(
-                f"data.root={self.where}: column {printable(self.label_column)} holds "
-                f"{labels[row]} in row {row}; expected {expected}, or -1 (no label)"
+                f"data.root={self.where}: column {printable(str(self.label_column))} holds "
+                f"{labels[place]} in row {rows[place]}; expected {expected}{also}"
             )
-        if NO_LABEL in labels:
-            log.info("%s has rows without a label: its labels are not used", printable(self.where))
-            return None
-        return labels
+
+
+def element_of(kind: Any) -> Any:
+    """Return the type of the elements of a column of lists, or None for another column."""
+    return getattr(kind, "feature", None)
 
 
 def hugging_face_source(
@@ -172,21 +229,28 @@ def hugging_face_source(
     labels = train.labels()
     if labels is None:
         return DataSource(images, None, None, IMAGE_SIZE)
-    queries = None
+    sides = {"bank": (images, labels)}
     for name in HELD_OUT_SPLITS:
         if name in splits:
             held_out = Split(root, name, splits[name], image_column, label_column)
             query_labels = held_out.labels()
             if query_labels is not None:
-                if held_out.class_names != train.class_names:
+                other_classes = held_out.class_names != train.class_names
+                if other_classes or query_labels.shape[1:] != labels.shape[1:]:
                     raise InputError(f"data.root={held_out.where}: other classes than split train")
-                query_images = held_out.images(max_image_pixels)
-                queries = Labelled(query_images, query_labels, train.class_names)
+                sides["queries"] = (held_out.images(max_image_pixels), query_labels)
             break
-    bank = Labelled(images, labels, train.class_names)
+    all_labels = [side_labels for _, side_labels in sides.values()]
+    label_sets = None
+    if labels.ndim == 2:
+        all_labels, label_sets = shared_numbers(all_labels)
+    labelled = {}
+    for (key, (side, _)), numbers in zip(sides.items(), all_labels, strict=True):
+        labelled[key] = Labelled(side, numbers, train.class_names, label_sets)
+    queries = labelled.get("queries")
     if queries is not None:
-        warn_of_missing_classes(bank, queries)
-    return DataSource(images, bank, queries, IMAGE_SIZE)
+        warn_of_missing_classes(labelled["bank"], queries)
+    return DataSource(images, labelled["bank"], queries, IMAGE_SIZE)
 
 
 def load_splits(root: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The rest of the project handles one number for each image. So each combination o
 occurs gets a number, and a table says which classes it stands for.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,3 +30,17 @@ def numbered_sets(is_class: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     label_sets, numbers = np.unique(np.asarray(is_class, bool), axis=0, return_inverse=True)
     return numbers.reshape(-1).astype(np.int64), label_sets
+
+
+def shared_numbers(sides: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Number the combinations of classes of several sets of images, with one table for all.
+
+    Args:
+        sides: (images, classes) each, with the same classes, see `numbered_sets`.
+
+    Returns:
+        For each side (images,) int64; and (combinations, classes) bool.
+    """
+    numbers, label_sets = numbered_sets(np.concatenate(sides))
+    ends = np.cumsum([len(side) for side in sides])
+    return np.split(numbers, ends[:-1]), label_sets

@@ -24,6 +24,7 @@ from moco.data.files.encoded_image import (
 )
 from moco.data.files.pillow_images import RAW_MODES, to_rgb
 from moco.data.sources.folders import is_held_out
+from moco.data.sources.label_sets import is_matrix_of_classes, shared_numbers
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, printable, said, unknown_name
 
@@ -45,7 +46,10 @@ USUAL_BANDS = (1, 3, 4)
 PIXEL_TYPES = (
     "uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"
 )  # fmt: skip
-EXPECTED_LABEL = "expected (image, label), and the label a whole number of 0 or more"
+EXPECTED_LABEL = (
+    "expected (image, label), and the label a whole number of 0 or more, "
+    "or 0 and 1 for each of several classes"
+)
 NO_NUMBERS = (
     "an iterable dataset has no images by number; expected a dataset with __len__ and __getitem__"
 )
@@ -316,9 +320,9 @@ def dataset_source(
     """Return datasets of the user's own as a source.
 
     The labels of `bank` and `queries` are the attribute ``targets`` or ``labels`` of the dataset if
-    it holds one whole number for each image. Otherwise all items are read once. If `train` has such
-    an attribute, it is the bank for given queries. Without bank and queries it is divided into
-    both.
+    it holds one whole number for each image, or a row of 0 and 1 for each image with several
+    classes. Otherwise all items are read once. If `train` has such an attribute, it is the bank for
+    given queries. Without bank and queries it is divided into both.
 
     The side of the images is that of the first image, its longer side, and at most 224 px.
 
@@ -389,16 +393,59 @@ def dataset_source(
         if labels is None:
             return source
         return divided(source, training, labels, held_out)
-    if "queries" in images:
-        source = replace(source, queries=labelled(images["queries"]))
-    if "bank" in images:
-        return replace(source, bank=labelled(images["bank"]))
-    if labels is None:
+    sides = {}
+    for key in ("queries", "bank"):
+        if key in images:
+            sides[key] = (images[key], labels_of(images[key]))
+    if "bank" not in sides:
+        if labels is None:
+            raise InputError(
+                f"{where}: queries need a bank, and train has no attribute targets or labels with "
+                "a whole number for each image; give bank, too"
+            )
+        sides["bank"] = (training, labels)
+    return with_labels(source, where, sides)
+
+
+def with_labels(
+    source: DataSource, where: str, sides: Mapping[str, tuple[DatasetImages, np.ndarray]]
+) -> DataSource:
+    """Return a source with bank and queries, see `labelled_sides`."""
+    found = labelled_sides(where, sides)
+    return replace(source, bank=found["bank"], queries=found.get("queries"))
+
+
+def labelled_sides(
+    where: str, sides: Mapping[str, tuple[DatasetImages, np.ndarray]]
+) -> dict[str, Labelled]:
+    """Return images with their labels.
+
+    Args:
+        where: what to call the dataset in errors.
+        sides: images, and their labels as `known_labels` returns them.
+
+    Raises:
+        InputError: one side has several classes for each image, and another has not, or has
+            another number of classes.
+    """
+    # (): a side with one class for each image.
+    num_classes = {labels.shape[1:] for _, labels in sides.values()}
+    if len(num_classes) > 1:
+        shapes = []
+        for key, (_, labels) in sides.items():
+            shapes.append(f"{key} {labels.shape}")
         raise InputError(
-            f"{where}: queries need a bank, and train has no attribute targets or labels with a "
-            "whole number for each image; give bank, too"
+            f"{where}: expected labels of one kind and number of classes, got arrays of "
+            f"{' and '.join(shapes)}"
         )
-    return replace(source, bank=Labelled(training, labels, class_names_of(training.dataset)))
+    label_sets = None
+    all_labels = [labels for _, labels in sides.values()]
+    if num_classes != {()}:
+        all_labels, label_sets = shared_numbers(all_labels)
+    found = {}
+    for (key, (images, _)), labels in zip(sides.items(), all_labels, strict=True):
+        found[key] = Labelled(images, labels, class_names_of(images.dataset), label_sets)
+    return found
 
 
 def is_map_style(dataset: Any) -> bool:
@@ -483,41 +530,59 @@ def first_images(images: DatasetImages | IterableImages) -> Iterator[DecodedImag
 
 
 def known_labels(images: DatasetImages) -> np.ndarray | None:
-    """Return the labels (images,) int64 that a dataset has as an attribute, or None."""
+    """Return the labels that a dataset has as an attribute, or None.
+
+    Returns:
+        (images,) int64; or (images, classes) bool, if an image may have several classes.
+    """
     for name in ("targets", "labels"):
         try:
             labels = np.asarray(getattr(images.dataset, name, None))
         except (TypeError, ValueError):  # a list of lists, or a tensor on a GPU
             continue
+        if is_matrix_of_classes(labels, len(images)):
+            return labels.astype(bool)
         has_numbers = np.issubdtype(labels.dtype, np.integer) and labels.size == len(images)
         if has_numbers and (labels >= 0).all():
             return labels.reshape(-1).astype(np.int64)
     return None
 
 
-def labelled(images: DatasetImages) -> Labelled:
-    """Return images with their labels, by an attribute or by reading all items.
+def labels_of(images: DatasetImages) -> np.ndarray:
+    """Return the labels, by an attribute or by reading all items; see `known_labels`.
 
     Raises:
-        InputError: an item has no label.
+        InputError: an item has no label, or not as many classes as the items before it.
     """
-    labels = known_labels(images)
+    known = known_labels(images)
+    if known is not None:
+        return known
+    log.info(
+        "%s: reading all %d items for their labels; an attribute targets with a number for "
+        "each image saves that",
+        images.where,
+        len(images),
+    )
+    labels: np.ndarray | None = None
+    for index in range(len(images)):
+        try:
+            item = images.item(index)
+        except UnreadableImage:
+            continue
+        where = f"{images.where}: item {index}"
+        label = label_of(item, where)
+        if labels is None:
+            # The label of an unreadable image does not matter.
+            labels = np.zeros((len(images), *label.shape), label.dtype)
+        if label.shape != labels.shape[1:]:
+            value = printable(repr(item[1])[:40])
+            raise InputError(
+                f"{where} has the label {value}, which is of another kind than those before it"
+            )
+        labels[index] = label
     if labels is None:
-        log.info(
-            "%s: reading all %d items for their labels; an attribute targets with a number for "
-            "each image saves that",
-            images.where,
-            len(images),
-        )
-        # The label of an unreadable image does not matter.
-        labels = np.zeros(len(images), np.int64)
-        for index in range(len(images)):
-            try:
-                item = images.item(index)
-            except UnreadableImage:
-                continue
-            labels[index] = label_of(item, f"{images.where}: item {index}")
-    return Labelled(images, labels, class_names_of(images.dataset))
+        return np.zeros(len(images), np.int64)
+    return labels
 
 
 def class_names_of(dataset: Any) -> tuple[str, ...] | None:
@@ -535,8 +600,12 @@ def class_names_of(dataset: Any) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def label_of(item: Any, where: str) -> int:
+def label_of(item: Any, where: str) -> np.ndarray:
     """Return the label of an item (image, label).
+
+    Returns:
+        () int64, the number of its class; or (classes,) bool, for a label of 0 and 1 for each of
+        several classes.
 
     Raises:
         InputError: it has none.
@@ -546,11 +615,29 @@ def label_of(item: Any, where: str) -> int:
     try:
         label = operator.index(item[1])
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        is_class = row_of_classes(item[1])
+        if is_class is not None:
+            return is_class
         label = -1
     if label < 0:
         value = printable(repr(item[1])[:40])
         raise InputError(f"{where} has the label {value}; {EXPECTED_LABEL}")
-    return label
+    return np.array(label, np.int64)
+
+
+def row_of_classes(label: Any) -> np.ndarray | None:
+    """Return a label of 0 and 1 for each of several classes as (classes,) bool, or None."""
+    if isinstance(label, Tensor):
+        label = label.detach().cpu().float().numpy()
+    if not isinstance(label, (np.ndarray, list, tuple)):
+        return None
+    try:
+        row = np.asarray(label)
+    except ValueError:  # lists of several lengths
+        return None
+    if not is_matrix_of_classes(row[None], 1):
+        return None
+    return row.astype(bool)
 
 
 def divided(
@@ -564,12 +651,11 @@ def divided(
             name = images.name(index)
         names.append(name.encode(errors="surrogatepass"))
     is_query = is_held_out(names, held_out)
-    class_names = class_names_of(images.dataset)
     # A monitor needs images on both sides. The hash of few names may put all on one.
     if is_query.all() or not is_query.any():
-        return replace(source, bank=Labelled(images, labels, class_names))
-    sides = []
-    for is_chosen in (~is_query, is_query):
+        return with_labels(source, images.where, {"bank": (images, labels)})
+    sides = {}
+    for key, is_chosen in (("bank", ~is_query), ("queries", is_query)):
         part = replace(images, rows=images.rows[is_chosen])
-        sides.append(Labelled(part, labels[is_chosen], class_names))
-    return replace(source, bank=sides[0], queries=sides[1])
+        sides[key] = (part, labels[is_chosen])
+    return with_labels(source, images.where, sides)

@@ -212,7 +212,9 @@ def shown_name(name: str, number: int, most: int = LONGEST_NAME) -> str:
     return legible(printable(name), most) or str(number)
 
 
-def comparison_card(panels: np.ndarray, classes: Sequence[tuple[str, Sequence[int]]]) -> "Figure":
+def comparison_card(
+    panels: np.ndarray, classes: Sequence[tuple[str, Sequence[int]]], title: str = ""
+) -> "Figure":
     """Draw an image, its mask and a prediction with their names above and the classes below.
 
     Args:
@@ -220,6 +222,7 @@ def comparison_card(panels: np.ndarray, classes: Sequence[tuple[str, Sequence[in
             small one is enlarged without smoothing.
         classes: names, from `shown_name`, and colours (red, green, blue in 0..255) of the classes
             that are seen.
+        title: a line above everything; empty: there is none.
     """
     scale = max(1, COMPARISON_WIDTH // panels.shape[1])
     panels = panels.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -229,13 +232,17 @@ def comparison_card(panels: np.ndarray, classes: Sequence[tuple[str, Sequence[in
     line = round(CAPTION * unit)
     font_size = FONT_SIZE * unit
     num_rows = -(-len(classes) // CLASSES_IN_ROW)
-    whole = line + height + num_rows * line + MARGIN
+    above = 2 * line if title else line
+    whole = above + height + num_rows * line + MARGIN
     figure = new_figure(width, whole)
-    figure.figimage(panels, 0, whole - line - height, origin="upper")
+    figure.figimage(panels, 0, whole - above - height, origin="upper")
+    if title:
+        y = 1 - line / 2 / whole
+        figure.text(0.01, y, title, fontsize=font_size, verticalalignment="center")
     for place, name in enumerate(("image", "truth", "prediction")):
         figure.text(
             (place + 0.5) / 3,
-            1 - line / 2 / whole,
+            1 - (above - line / 2) / whole,
             name,
             fontsize=font_size,
             horizontalalignment="center",
@@ -244,7 +251,7 @@ def comparison_card(panels: np.ndarray, classes: Sequence[tuple[str, Sequence[in
     for place, (name, color) in enumerate(classes):
         row, column = divmod(place, CLASSES_IN_ROW)
         x = 0.01 + column / CLASSES_IN_ROW
-        y = (whole - line - height - MARGIN - (row + 0.5) * line) / whole
+        y = (whole - above - height - MARGIN - (row + 0.5) * line) / whole
         square = [part / 255 for part in color]
         figure.text(x, y, "■", color=square, fontsize=font_size, verticalalignment="center")
         figure.text(x + 0.03, y, name, fontsize=font_size, verticalalignment="center")

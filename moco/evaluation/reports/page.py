@@ -11,6 +11,8 @@ CAPTIONS = {
     "feature_maps.png": "Images beside their last two feature maps. The colours are the first "
     "three principal components of all cells.",
     "map.png": "Images with similar features are near one another. Axes have no meaning.",
+    "predictions.png": "Held-out images, their masks and the predictions, from the image with the "
+    "lowest mIoU to the one with the highest",
     "neighbors.png": "Images on the left, each with the images whose features are most similar",
     "similarities.png": "Cosines of two views of one image, and of views of different images",
 }

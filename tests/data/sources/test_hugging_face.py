@@ -56,6 +56,35 @@ def test_a_dataset_is_trained_on_with_its_labels(tmp_path):
     assert source.train.name(3) == f"{tmp_path / 'set'}[train][3]"
 
 
+def classes_column(rows):
+    return (rows, datasets.List(datasets.ClassLabel(names=["cat", "dog", "hat"])))
+
+
+def test_a_column_of_lists_holds_several_classes(tmp_path):
+    rows = [[2, 0], [], [1], [0, 1, 2]]
+    expected = [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]]
+    with_lists = table(4, classes=classes_column(rows)).remove_columns("label")
+    split = datasets.DatasetDict(train=with_lists, test=with_lists)
+    source = build_source("hf", saved(tmp_path / "names", split))
+    for side in (source.bank, source.queries):
+        assert side.targets_of(side.labels).astype(int).tolist() == expected
+        assert side.label_name(side.labels[0]) == "cat + hat"
+
+    numbers = datasets.List(datasets.Value("int8"))
+    root = saved(tmp_path / "rows", table(4, classes=(expected, numbers)))
+    bank = build_source("hf", root, label_column="classes").bank
+    assert bank.targets_of(bank.labels).astype(int).tolist() == expected
+
+
+def test_lists_that_are_no_classes_are_refused(tmp_path):
+    root = saved(
+        tmp_path / "set",
+        table(2, classes=([[0, 1], [2, 1]], datasets.List(datasets.Value("int8")))),
+    )
+    with pytest.raises(InputError, match="column classes has lists of numbers; expected 0 and 1"):
+        build_source("hf", root, label_column="classes")
+
+
 @pytest.mark.parametrize("split", ["validation", "val", "test"])
 def test_a_dict_of_splits_brings_its_queries(tmp_path, split):
     both = datasets.DatasetDict({"train": table(4), split: table(3, start=10), "other": table(1)})

@@ -161,6 +161,33 @@ def test_bank_and_queries_have_the_labels_of_their_items(images, caplog):
     assert len(of_queries.bank.labels) == 40
 
 
+def test_an_image_may_have_several_classes(images):
+    rows = np.arange(40)[:, None] % [2, 3, 5] == 0  # (40, 3)
+    by_attribute = dataset_source(Items(images, targets=torch.from_numpy(rows).float()))
+    for side in (by_attribute.bank, by_attribute.queries):
+        assert np.array_equal(side.targets_of(side.labels), rows[side.images.rows])
+
+    items = list(zip(images, rows.astype(int).tolist(), strict=True))
+    items[2] = OSError("gone")
+    bank, queries = Items(items[:20]), Items(items[20:])
+    by_item = dataset_source({"train": bank, "bank": bank, "queries": queries})
+    expected = rows.copy()
+    expected[2] = False
+    assert np.array_equal(by_item.bank.targets_of(by_item.bank.labels), expected[:20])
+    assert np.array_equal(by_item.queries.targets_of(by_item.queries.labels), expected[20:])
+    assert np.array_equal(by_item.bank.label_sets, by_item.queries.label_sets)
+
+
+def test_labels_of_two_kinds_are_refused(images):
+    numbers, rows = Items(images, targets=[1] * 40), Items(images, targets=[[0, 1]] * 40)
+    with pytest.raises(InputError, match=r"got arrays of queries \(40,\) and bank \(40, 2\)"):
+        dataset_source(rows, queries=numbers)
+    items = [(image, [0, 1]) for image in images]
+    items[3] = (images[3], 1)
+    with pytest.raises(InputError, match=r"\[bank\]: item 3 has the label 1, which is of another"):
+        dataset_source({"train": images, "bank": Items(items), "queries": rows})
+
+
 def test_images_have_the_names_that_the_dataset_gives_them(images):
     class Named(Items):
         def name(self, index):

@@ -1,8 +1,8 @@
-"""What TensorBoard shows of the held-out images of a segmentation run."""
+"""Pictures of images beside their masks and predictions."""
 
 import torch
 
-from moco.callbacks.segmentation_monitor import classes_in
+from moco.evaluation.reports.segmentation_plots import classes_in
 
 
 def test_the_classes_with_most_pixels_are_named():

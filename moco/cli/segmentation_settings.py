@@ -1,0 +1,136 @@
+"""Settings of ``moco.segment`` that only the dataset can complete: class weights, best metric."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moco.config.segment import SegmentConfig
+from moco.errors import InputError, printable, unknown_name
+from moco.runs.atomic_files import write_atomically
+from moco.runs.training_set import counted
+from moco.segmentation.mask_sources import SegmentationSource
+from moco.segmentation.metrics import SCORES, SCORES_OF_A_CLASS
+from moco.segmentation.pixel_losses import balanced_class_weights
+from moco.segmentation.segmentation_data import SegmentationData
+
+log = logging.getLogger(__name__)
+
+TRAIN_IMAGES = "train_images.txt"
+"""The file in the run folder that names the images of a draw."""
+MOST_SHOWN = 12
+"""Classes whose weight the log tells."""
+
+
+def resolved_class_weights(setting: Any, source: SegmentationSource) -> list[float] | None:
+    """Return the weight of each class in the loss; None: all weigh alike.
+
+    Weights of ``auto`` are counted in the masks at every start, so they are those of the masks as
+    they are now.
+
+    Args:
+        setting: ``class_weights`` of the config.
+        source: the dataset.
+
+    Raises:
+        InputError: the setting is no list of numbers above 0, one for each class.
+    """
+    if setting is None:
+        return None
+    names = source.class_names
+    if setting == "auto":
+        weights = balanced_class_weights(source.class_pixels)
+        shown = []
+        for name, weight in zip(names, weights, strict=True):
+            shown.append(f"{printable(name)} {weight:.3g}")
+        rest = "" if len(shown) <= MOST_SHOWN else f" and {len(shown) - MOST_SHOWN} more"
+        log.info("class weights (auto): %s%s", ", ".join(shown[:MOST_SHOWN]), rest)
+        return weights
+    expected = f"expected auto, null or a list of {len(names)} numbers above 0"
+    if not isinstance(setting, list) or len(setting) != len(names):
+        raise InputError(f"class_weights={setting}: {expected}, one for each class")
+    for weight in setting:
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight < math.inf:
+            raise InputError(f"class_weights={setting}: {expected}; {weight} is none")
+    return [float(weight) for weight in setting]
+
+
+def check_metric(metric: str, class_names: Sequence[str]) -> None:
+    """Check that the figure which chooses the best checkpoint will be there.
+
+    Args:
+        metric: ``evaluation.metric`` of the config.
+        class_names: of the dataset.
+
+    Raises:
+        InputError: there is no such figure.
+    """
+    if metric == "auc" and len(class_names) != 2:
+        raise InputError(
+            f"evaluation.metric=auc: needs two classes, and the dataset has {len(class_names)}"
+        )
+    kind, _, name = metric.partition("/")
+    if kind in SCORES_OF_A_CLASS and name:
+        if name not in class_names:
+            problem = unknown_name("class", name, class_names)
+            raise InputError(f"evaluation.metric={metric}: {problem}")
+    elif metric not in (*SCORES, "auc"):
+        choices = [*SCORES, "auc"]
+        choices += [f"{kind}/NAME" for kind in SCORES_OF_A_CLASS]
+        raise InputError(f"evaluation.metric: {unknown_name('figure', metric, choices)}")
+
+
+def tell_of_draw(data: SegmentationData, config: SegmentConfig) -> None:
+    """Log which part of the training images is used, and what that does to the epochs."""
+    draw = data.source.draw
+    if draw is None:
+        return
+    num_images = len(data.source.train)
+    num_all = num_images + data.source.num_undrawn
+    log.info(
+        "%s: %d of %d training images, drawn by their names with label_seed=%d",
+        draw.setting(),
+        num_images,
+        num_all,
+        draw.label_seed,
+    )
+    if data.crops_per_image > 1:
+        log.info(
+            "data.batch_size=%d is more than these images: an epoch is one step with several "
+            "crops of each",
+            data.batch_size,
+        )
+    steps_of_all = num_all // data.batch_size
+    if steps_of_all > data.steps_per_epoch:
+        log.info(
+            "an epoch has %s instead of %d; to train, measure and save as often as with all "
+            "images: %s",
+            counted(data.steps_per_epoch, "step"),
+            steps_of_all,
+            " ".join(settings_of_equal_steps(config, steps_of_all / data.steps_per_epoch)),
+        )
+
+
+def settings_of_equal_steps(config: SegmentConfig, factor: float) -> list[str]:
+    """Return the settings that count epochs, for epochs that have `factor` times fewer steps."""
+    epochs = {
+        "trainer.max_epochs": config.trainer.max_epochs,
+        "evaluation.every_n_epochs": config.evaluation.every_n_epochs,
+        "checkpoint_every_n_epochs": config.checkpoint_every_n_epochs,
+    }
+    return [f"{key}={math.ceil(factor * number)}" for key, number in epochs.items()]
+
+
+def write_drawn_images(folder: Path, source: SegmentationSource, root: Any) -> None:
+    """Write the paths of the drawn images below `root` into the run folder, one a line.
+
+    A run on all training images has no such file.
+    """
+    if source.draw is None:
+        return
+    text = ""
+    for index in range(len(source.train)):
+        text += printable(source.train.name_below(root, index)) + "\n"
+    write_atomically(folder / TRAIN_IMAGES, lambda file: file.write(text.encode()))
