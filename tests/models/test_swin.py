@@ -298,7 +298,7 @@ def test_the_patch_counts_for_clipped_windows():
         8,
         4,
     )
-    with pytest.raises(InputError, match=r"backbone.pretrained_image_size=64: a position_bias=tab"):
+    with pytest.raises(InputError, match=r"backbone.pretrained_image_size=64: position_bias=table"):
         small(version=1, pretrained_image_size=64)
 
 
@@ -317,7 +317,7 @@ def test_settings_of_another_architecture_are_refused():
     with pytest.raises(InputError) as error:
         build_backbone("swin_t", pretrained_window_size=7)
     assert str(error.value) == (
-        "backbone.pretrained_window_size=7: a position_bias=table has no coordinates to normalise; "
+        "backbone.pretrained_window_size=7: position_bias=table has no coordinates to normalise; "
         "remove it, or set backbone.position_bias=log_cpb"
     )
 

@@ -222,7 +222,7 @@ def test_the_settings_have_the_choices_of_the_network():
         ({"position_bias": "log"}, "backbone.position_bias: unknown position bias 'log'"),
         (
             {"position_bias": "table", "pretrained_window_size": 4},
-            "backbone.pretrained_window_size=4: a position_bias=table has no coordinates to "
+            "backbone.pretrained_window_size=4: position_bias=table has no coordinates to "
             "normalise; remove it, or set backbone.position_bias=log_cpb",
         ),
     ],

@@ -101,7 +101,7 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
         for key, given in pretraining.items():
             if position_bias == "table" and given is not None:
                 raise InputError(
-                    f"backbone.{key}={given}: a position_bias=table has no coordinates to "
+                    f"backbone.{key}={given}: position_bias=table has no coordinates to "
                     "normalise; remove it, or set backbone.position_bias=log_cpb"
                 )
         if norm == "pre":
