@@ -1,6 +1,7 @@
 """The runs of the proof: pretraining, fine-tuning, and the figures of every held-out image."""
 
 import csv
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from proof_parts.grid import (
 from proof_parts.images import IMAGE_FOLDER, link_held_out, num_training_images, write_tiles
 
 NUM_MEASUREMENTS = 5
-"""How often a pretraining measures itself."""
+"""How often a pretraining measures itself, at most."""
 MONITORED_IMAGES = 30
 """Images of each part that ``monitor.dense`` takes."""
 DIGITS = 4
@@ -132,6 +133,7 @@ def pretraining_settings(work: Workplace, cell: Cell) -> Settings:
     if images.exists():
         steps_per_epoch = num_training_images(images) // budget.pretraining_batch
         epochs = max(1, round(work.pretraining_steps(cell) / max(1, steps_per_epoch)))
+    every_n_epochs = math.ceil(epochs / NUM_MEASUREMENTS)
     told = [
         *work.scale.backbones[backbone],
         "method=moco_v2_plus",
@@ -144,7 +146,7 @@ def pretraining_settings(work: Workplace, cell: Cell) -> Settings:
         f"data.image_size={budget.image_size}",
         f"data.batch_size={budget.pretraining_batch}",
         f"trainer.max_epochs={epochs}",
-        f"evaluation.every_n_epochs={max(1, epochs // NUM_MEASUREMENTS)}",
+        f"evaluation.every_n_epochs={every_n_epochs}",
         "evaluation.plots_every_n_epochs=null",
         "evaluation.diagnostics_every_n_steps=null",
         "evaluation.projector_images=0",
@@ -152,7 +154,7 @@ def pretraining_settings(work: Workplace, cell: Cell) -> Settings:
         f"monitor.dense.image_size={cell.data_set.monitor_image_size}",
         f"monitor.dense.num_images={MONITORED_IMAGES}",
         "monitor.dense.maps=[2,3]",
-        f"monitor.dense.every_n_epochs={max(1, epochs // NUM_MEASUREMENTS)}",
+        f"monitor.dense.every_n_epochs={every_n_epochs}",
         f"seed={cell.seed}",
     ]
     if cell.data_set.flips:
