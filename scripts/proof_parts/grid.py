@@ -234,7 +234,7 @@ DATA_SETS = (
             # The images have 64 px, and are whole.
             "cpu": ON_CPU,
             "full": replace(
-                AT_FULL_SIZE, image_size=64, window=2, new_image_size=128, new_window=4
+                AT_FULL_SIZE, image_size=64, window=4, new_image_size=128, new_window=8
             ),
         },
     ),
