@@ -14,9 +14,9 @@ import json
 import statistics
 from pathlib import Path
 
+from finished_runs import call
 from rich.console import Console
 from rich.table import Table
-from segmentation_journey import call
 
 from moco import train
 from moco.config.train import TrainConfig

@@ -17,9 +17,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from finished_runs import call
 from rich.console import Console
 from rich.table import Table
-from segmentation_journey import call
 
 from moco import evaluate, segment, train
 from moco.config.pretrained import EvaluateConfig

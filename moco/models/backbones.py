@@ -28,16 +28,19 @@ SWIN_V2: dict[str, Any] = {"norm": "res_post", "attention": "cosine", "position_
 BACKBONES: dict[str, partial[Any]] = {
     "resnet_tiny": partial(ResNet, BasicBlock, (1, 1, 1, 1), width=16),
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet18_half": partial(ResNet, BasicBlock, (2, 2, 2, 2), width=32),
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
     "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
     "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
     "wide_resnet50_2": partial(ResNet, Bottleneck, (3, 4, 6, 3), width_per_group=128),
     "swin_tiny_patch2": partial(Swin, *SWIN_TINY, patch_size=2, window_size=4, **SWIN_V1),
+    "swin_tiny_patch4": partial(Swin, *SWIN_TINY, **SWIN_V1),
     "swin_t": partial(Swin, *SWIN_T, **SWIN_V1),
     "swin_s": partial(Swin, *SWIN_S, **SWIN_V1),
     "swin_b": partial(Swin, *SWIN_B, **SWIN_V1),
     "swin_v2_tiny_patch2": partial(Swin, *SWIN_TINY, patch_size=2, window_size=4, **SWIN_V2),
+    "swin_v2_tiny_patch4": partial(Swin, *SWIN_TINY, **SWIN_V2),
     "swin_v2_t": partial(Swin, *SWIN_T, **SWIN_V2),
     "swin_v2_s": partial(Swin, *SWIN_S, **SWIN_V2),
     "swin_v2_b": partial(Swin, *SWIN_B, **SWIN_V2),
@@ -160,6 +163,12 @@ def switches_of_swin(settings: dict[str, Any]) -> dict[str, str]:
     return switches
 
 
+def is_as_large(build: partial[Any], other: partial[Any]) -> bool:
+    """Return whether two named Swins have the same channels, blocks, heads and patches."""
+    same_patches = build.keywords.get("patch_size") == other.keywords.get("patch_size")
+    return build.args == other.args and same_patches
+
+
 def usual_name(settings: dict[str, Any]) -> str:
     """Return the name that a backbone has without any of its switches, or else its own name.
 
@@ -172,8 +181,8 @@ def usual_name(settings: dict[str, Any]) -> str:
     switches = switches_of_swin(settings)
     if switches:
         for other, build in BACKBONES.items():
-            is_as_large = build.func is Swin and build.args == BACKBONES[name].args
-            if is_as_large and switches_of_swin({"name": other}) == switches:
+            is_swin = build.func is Swin and is_as_large(build, BACKBONES[name])
+            if is_swin and switches_of_swin({"name": other}) == switches:
                 return other
     return name
 

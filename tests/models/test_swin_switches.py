@@ -203,6 +203,11 @@ def test_both_versions_take_every_switch():
     assert usual_name({"name": "resnet18", "stem": "cifar"}) == "resnet18"
 
 
+def test_a_swin_keeps_its_patches_when_its_switches_name_another_one():
+    assert usual_name({"name": "swin_tiny_patch4", **SWIN_V2}) == "swin_v2_tiny_patch4"
+    assert usual_name({"name": "swin_v2_tiny_patch2", **SWIN_V1}) == "swin_tiny_patch2"
+
+
 def test_the_settings_have_the_choices_of_the_network():
     fields = BackboneConfig.__dataclass_fields__
     for key, choices in SWITCHES.items():
