@@ -415,7 +415,10 @@ class MoCo(pl.LightningModule):
 
     def encode_queries(self, views: Sequence[Tensor]) -> list[Encoded]:
         """Return for each view (N, 3, H, W) its embeddings (N, C) and cells, all of unit norm."""
-        encoded = self.embed(self.query_encoder, views)
+        return self.predicted(self.embed(self.query_encoder, views))
+
+    def predicted(self, encoded: list[Encoded]) -> list[Encoded]:
+        """Return what the query encoder made of each view as queries, of unit norm."""
         predictions = per_view(self.predictor, [view.embedding for view in encoded])
         queries = []
         for view, prediction in zip(encoded, predictions, strict=True):
@@ -432,7 +435,8 @@ class MoCo(pl.LightningModule):
             return []
         crops = local_crops_of(batch, self.num_local_crops)
         with running_statistics_kept(self.query_encoder, self.predictor):
-            return [query.embedding for query in self.encode_queries(crops)]
+            encoded = self.embed(self.query_encoder, crops, has_cells=False)
+            return [query.embedding for query in self.predicted(encoded)]
 
     @torch.no_grad()
     def encode_keys(self, views: Sequence[Tensor]) -> list[Encoded]:
@@ -468,12 +472,15 @@ class MoCo(pl.LightningModule):
         has_one_queue = self.queue is not None and self.reverse_queue is None
         return self.symmetric and not has_one_queue
 
-    def embed(self, encoder: Encoder, views: Sequence[Tensor]) -> list[Encoded]:
+    def embed(
+        self, encoder: Encoder, views: Sequence[Tensor], *, has_cells: bool = True
+    ) -> list[Encoded]:
         """Return `Encoder.embed`, in the batch order that split BatchNorm needs on the way."""
         if not self.sorts_by_group:
-            return encoder.embed(views)
+            return encoder.embed(views, has_cells=has_cells)
         num_splits = self.hparams["batch_norm_splits"]
-        encoded = encoder.embed([sorted_by_group(view, num_splits) for view in views])
+        views = [sorted_by_group(view, num_splits) for view in views]
+        encoded = encoder.embed(views, has_cells=has_cells)
         undo = partial(in_batch_order, num_splits=num_splits)
         return [view.map(undo) for view in encoded]
 

@@ -58,14 +58,17 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
 
-    def embed(self, views: Sequence[Tensor]) -> list[Encoded]:
+    def embed(self, views: Sequence[Tensor], *, has_cells: bool = True) -> list[Encoded]:
         """Return what the loss needs of each view (N, B, H, W), not normalised.
 
         The views go through each part as `per_view` says.
+
+        Args:
+            has_cells: return the cells too, if there is a dense projector.
         """
         if self.is_called_whole:
             return [Encoded(embedding) for embedding in per_view(self, views)]
-        if self.dense_projector is None:
+        if self.dense_projector is None or not has_cells:
             embeddings = per_view(self.projector, per_view(self.backbone, views))
             return [Encoded(embedding) for embedding in embeddings]
         outputs = per_view(self.backbone, views, self.feature_and_map)

@@ -29,7 +29,7 @@ from tests.conftest import REPOSITORY
         ("experiment=cifar10_speedrun", ["experiment=cifar10_speedrun", "experiment=cifar10_speedrun_90"]),
         ("+experiment=qui", ["+experiment=quickstart"]),
         ("hydra/launcher=", ["hydra/launcher=slurm"]),
-        ("backbone=swin_t,swin_v2_t", ["backbone=swin_t,swin_v2_t", "backbone=swin_t,swin_v2_tiny_patch2"]),
+        ("backbone=swin_t,swin_v2_tiny", ["backbone=swin_t,swin_v2_tiny_patch2", "backbone=swin_t,swin_v2_tiny_patch4"]),
         ("trainer.compile=", ["trainer.compile=false", "trainer.compile=null", "trainer.compile=true"]),
         ("trainer.precision=b", ["trainer.precision=bf16-mixed"]),
         ("method.temperature=", ["method.temperature=0.2"]),

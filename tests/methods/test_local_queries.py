@@ -44,18 +44,13 @@ def test_every_query_of_an_image_counts_the_same(settings):
     leaves = [rows.float().requires_grad_() for rows in (*queries, *crops)]
     num_directions = 1 + method.symmetric
 
-    def encode_queries(views):
-        if views[0] == "crop":
-            return [Encoded(leaf) for leaf in leaves[2:]]
-        return [Encoded(leaf) for leaf in leaves[: len(views)]]
-
-    method.encode_queries = encode_queries
+    method.encode_queries = lambda views: [Encoded(leaf) for leaf in leaves[: len(views)]]
+    method.encode_local_queries = lambda batch: leaves[2:]
     method.encode_keys = lambda views: [Encoded(rows.float()) for rows in keys[: len(views)]]
     negatives = None
     if method.queue is not None:
         negatives = method.queue.negatives().double().numpy()
-    batch = SimpleNamespace(views=("full", "full"), local_crops=("crop", "crop"))
-    outputs = method.training_step(batch, 0)
+    outputs = method.training_step(SimpleNamespace(views=("full", "full")), 0)
     outputs["loss"].backward()
 
     value = 0.0
@@ -138,6 +133,15 @@ def test_every_backbone_takes_local_crops_beside_its_views(backbone, settings):
     if settings.get("dense_weight"):
         mixed = 0.5 * outputs["loss_global"] + 0.5 * outputs["loss_dense"]
         assert outputs["loss"].item() == pytest.approx(mixed.item(), rel=1e-6)
+
+
+def test_the_dense_term_is_of_the_full_views_alone():
+    method = built(dense_weight=0.5)
+    sides = []
+    projector = method.query_encoder.dense_projector
+    projector.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
+    method.training_step(batch_of(2, local_side=24), 0)
+    assert len(sides) == 1
 
 
 class OneSize(torch.nn.Module):
