@@ -142,6 +142,7 @@ def test_ten_odd_images_are_predicted_or_named(model, tmp_path, inference, caplo
     assert (figures["predict/num_images"], figures["predict/num_unreadable"]) == (8, 2)
 
 
+@pytest.mark.slow
 def test_an_image_whose_pixels_are_large_takes_the_same_way_as_a_small_one(
     model, tmp_path, few_images
 ):

@@ -52,7 +52,7 @@ def together(groups):
 PRETRAINING = ("augmentation", "backbone", "data", "method", "optimizer", "trainer")
 
 
-@pytest.mark.parametrize("options", thinned(together(PRETRAINING), every=2), ids=" ".join)
+@pytest.mark.parametrize("options", thinned(together(PRETRAINING), every=4), ids=" ".join)
 def test_every_option_of_pretraining_composes_and_parses(options):
     from moco.data.augment.views import ViewPair
 

@@ -52,6 +52,7 @@ def test_the_number_of_images_picks_the_preset(
     assert f"for {number:,} images, since no experiment was chosen" in caplog.messages[0]
 
 
+@pytest.mark.slow
 def test_a_run_from_python_is_in_the_folder_of_its_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = SimpleNamespace(train=range(100), image_size=224)

@@ -87,6 +87,7 @@ def test_the_decoder_keeps_all_channels_in_training():
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_the_momentum_update_reaches_the_decoder(runner):
     settings = ["method.dense_weight=0.5", "method.decoder=fpn", "method.decoder_channels=128"]
     method = runner.fit(runner.config(*settings, "trainer.max_steps=1"))

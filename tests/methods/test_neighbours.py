@@ -227,6 +227,7 @@ def test_there_are_no_neighbours_until_the_queue_is_full_of_real_keys(queue_star
     assert "loss_neighbours" in step_on(method, query[None], key[None])
 
 
+@pytest.mark.slow
 def test_the_neighbours_of_a_run_begin_with_their_epoch(runner):
     steps = []
 
