@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # All in px.
-SMALLEST_VIEW = 112  # smaller views are enlarged, so that the text beside them has room
+SMALLEST_VIEW = 224  # smaller views are enlarged, so that one can judge them
 LINE_HEIGHT = 15
 MARGIN = 8
-TEXT_WIDTH = 430
-TEXT_LENGTH = 64  # characters of a line in TEXT_WIDTH
+TEXT_WIDTH = 330
+TITLE_LENGTH = 40  # characters of a name, whose letters are wider
+TEXT_LENGTH = 48  # characters of a line in TEXT_WIDTH
 
 
 def run(config: PreviewConfig, folder: Path) -> None:
@@ -112,8 +113,8 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
             left = column * column_width + MARGIN
             sheet.paste(columns[name][row], (left, top))
             text_left = left + side + MARGIN
-            path = Path(names[row][column])
-            draw.text((text_left, top), f"{name} of {path.name}", "gray", font)
+            title = shortened(f"{name} of {Path(names[row][column]).name}")
+            draw.text((text_left, top), title, "gray", font)
             for number, line in enumerate(texts[row][column], start=1):
                 place = (text_left, top + number * LINE_HEIGHT)
                 draw.text(place, line.replace("_", " "), "black", font)
@@ -124,6 +125,14 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
         if local_crops:
             draw.text((text_left, top + pair_height), "local crops", "gray", font)
     return sheet
+
+
+def shortened(title: str) -> str:
+    """Return a title that fits beside a view: without the middle of a long name."""
+    if len(title) <= TITLE_LENGTH:
+        return title
+    end = TITLE_LENGTH // 2
+    return f"{title[: TITLE_LENGTH - end - 1]}…{title[-end:]}"
 
 
 def wrapped(lines: list[str]) -> list[str]:

@@ -36,14 +36,15 @@ def test_local_crops_stand_below_their_pair(runner):
     images = data.first_images(2)
     sheet = np.asarray(draw_pairs(data, images))
     plain = np.asarray(draw_pairs(build_data(runner.config("data.image_size=32")), images))
-    side = 4 * data.augment.local.side(32)  # enlarged as the views are
+    factor = SMALLEST_VIEW // 32  # enlarged as the views are
+    side = factor * data.augment.local.side(32)
     assert sheet.shape[0] - plain.shape[0] == 2 * (side + MARGIN)
     row_height = (sheet.shape[0] - MARGIN) // 2
     top = row_height + MARGIN - (side + MARGIN)
     mean, std = data.augment.mean[0], data.augment.std[0]
     for number, crops in enumerate(data.local_crops(images)):
         left = MARGIN + number * (side + MARGIN)
-        drawn = sheet[top : top + side : 4, left : left + side : 4, 0]
+        drawn = sheet[top : top + side : factor, left : left + side : factor, 0]
         pixels = (crops[0, 0] * std + mean).clamp(0, 1) * 255
         assert np.abs(drawn - pixels.numpy()).max() <= 1
 

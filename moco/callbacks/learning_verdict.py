@@ -108,7 +108,7 @@ class LearningVerdict(pl.Callback):
             return  # a method of the user's with another loss
         contrast = contrast_figures(outputs, num_negatives, pl_module.queue is None)
         sample = {
-            "loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
+            "loss": loss_of_images(outputs, trainer.accumulate_grad_batches),
             "loss_of_chance": loss_of_chance,
             "contrast_top1": contrast["contrast/top1"],
             "contrast_top1_of_chance": 1 / (1 + num_negatives),
@@ -180,3 +180,16 @@ class LearningVerdict(pl.Callback):
             top1 = self.figures["knn_start/top1"]
             return Baselines(top1, "weights of init_from", number)
         return Baselines(self.figures.get("knn_untrained/top1"), num_queries=number)
+
+
+def loss_of_images(outputs: dict[str, Any], accumulated: int) -> float:
+    """Return the loss of the whole full views, which is what the loss of chance is of.
+
+    Args:
+        outputs: of a training step. With a dense term or local crops, its loss is a mean of terms.
+        accumulated: batches of an optimizer step, by which Lightning has divided the loss.
+    """
+    for term in ("loss_full", "loss_global"):
+        if term in outputs:
+            return float(outputs[term])
+    return float(outputs["loss"]) * accumulated

@@ -57,7 +57,11 @@ JOB_FIGURES = (
 
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns under a title."""
-    console.print(two_columns(title, rows))
+    table = two_columns(title, rows)
+    # Rich would fill a table's own title with spaces up to the width of the table.
+    shown_title, table.title = table.title, None
+    console.print(shown_title, highlight=False)
+    console.print(table)
 
 
 def two_columns(title: str, rows: Sequence[tuple[str, str]]) -> Table:
@@ -169,14 +173,31 @@ def next_steps(config: TrainConfig, checkpoint: str, source: DataSource) -> list
             start.append(f"data.{key}={value}")
     evaluate = ["python -m moco.evaluate", *start]
     embed = ["python -m moco.embed", *start, "output=features.npz"]
+    segment = segment_step(config, start)
     if source.bank is None:
         if isinstance(source.train, (ShardedImages, IterableImages)):
-            return [" ".join(embed)]  # a stream has no images by number
-        return [" ".join(evaluate), " ".join(embed)]
+            return [" ".join(embed), *segment]  # a stream has no images by number
+        return [" ".join(evaluate), " ".join(embed), *segment]
     if len(np.unique(source.bank.labels[source.bank.labels >= 0])) < 2:
         evaluate.append("evaluation=label_free")
-        return [" ".join(evaluate), " ".join(embed)]
-    return [" ".join(evaluate)]
+        return [" ".join(evaluate), " ".join(embed), *segment]
+    return [" ".join(evaluate), *segment]
+
+
+def segment_step(config: TrainConfig, start: Sequence[str]) -> list[str]:
+    """Return the command that fine-tunes for segmentation, if the run was made for that.
+
+    Args:
+        config: of the run: it has masks to look at, or a decoder that moco.segment starts from.
+        start: the checkpoint and the settings that all programs need.
+    """
+    masks = config.monitor.dense
+    if masks.data is None and config.method.decoder is None:
+        return []
+    command = ["python -m moco.segment", *start, as_override("data.root", masks.root or "PATH")]
+    if masks.data == "voc2012":
+        command.append("data=voc2012")
+    return [" ".join(command)]
 
 
 def is_sweep_job() -> bool:

@@ -263,7 +263,10 @@ def sizes_of(images: "Images") -> str:
     shown = []
     for _, width, height in (min(found), max(found)):
         shown.append(f"{width} x {height}")
-    return " to ".join(dict.fromkeys(shown)) + " px"
+    sizes = " to ".join(dict.fromkeys(shown)) + " px"
+    if stride > 1:
+        sizes += f" ({len(found)} of them looked at)"
+    return sizes
 
 
 def describe_steps(config: TrainConfig | SegmentConfig, num_images: int, step: int | None) -> str:

@@ -69,7 +69,7 @@ def prepare_source(
         command=command,
     )
     source.prepare(values)
-    log.info("images: %s, %s", sizes_in_words(sample), values.in_words())
+    log.info("the first images have %s, %s", sizes_in_words(sample), values.in_words())
     return values
 
 
