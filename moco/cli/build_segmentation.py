@@ -15,7 +15,7 @@ from moco.cli import training_run
 from moco.cli.checks import check_deterministic_segmentation
 from moco.cli.closing_tables import metric_in_words
 from moco.cli.resuming import Resumed
-from moco.cli.segmentation_settings import check_metric, tell_of_draw
+from moco.cli.segmentation_settings import check_metric, settle_intervals, tell_of_draw
 from moco.cli.starting_backbone import StartingBackbone
 from moco.cli.starting_decoder import StartingDecoder, find_decoder
 from moco.cli.training_run import Run
@@ -78,6 +78,7 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
         num_workers=num_workers,
         seed=config.seed,
     )
+    settle_intervals(data, config)
     tell_of_draw(data, config)
     return data
 
@@ -171,6 +172,7 @@ def build_trainer(run: Run, resumed: Resumed | None) -> pl.Trainer:
         resumed: the checkpoint that the run goes on from.
     """
     config: SegmentConfig = run.config
+    assert config.evaluation.every_n_epochs is not None  # `build_data` settles both intervals
     monitor = SegmentationMonitor(
         run.figures,
         inference=config.inference,

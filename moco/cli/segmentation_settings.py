@@ -102,25 +102,32 @@ def tell_of_draw(data: SegmentationData, config: SegmentConfig) -> None:
             "crops of each",
             data.batch_size,
         )
-    steps_of_all = num_all // data.batch_size
-    if steps_of_all > data.steps_per_epoch:
+    factor = epochs_of_equal_steps(data)
+    if factor > 1:
         log.info(
-            "an epoch has %s instead of %d; to train, measure and save as often as with all "
-            "images: %s",
+            "an epoch has %s instead of %d; it is measured and saved every %d epochs; "
+            "to train as long as with all images: trainer.max_epochs=%d",
             counted(data.steps_per_epoch, "step"),
-            steps_of_all,
-            " ".join(settings_of_equal_steps(config, steps_of_all / data.steps_per_epoch)),
+            num_all // data.batch_size,
+            config.evaluation.every_n_epochs,
+            factor * config.trainer.max_epochs,
         )
 
 
-def settings_of_equal_steps(config: SegmentConfig, factor: float) -> list[str]:
-    """Return the settings that count epochs, for epochs that have `factor` times fewer steps."""
-    epochs = {
-        "trainer.max_epochs": config.trainer.max_epochs,
-        "evaluation.every_n_epochs": config.evaluation.every_n_epochs,
-        "checkpoint_every_n_epochs": config.checkpoint_every_n_epochs,
-    }
-    return [f"{key}={math.ceil(factor * number)}" for key, number in epochs.items()]
+def settle_intervals(data: SegmentationData, config: SegmentConfig) -> None:
+    """Set how often the run is measured and saved where the config leaves it open."""
+    factor = epochs_of_equal_steps(data)
+    if config.evaluation.every_n_epochs is None:
+        config.evaluation.every_n_epochs = factor
+    if config.checkpoint_every_n_epochs is None:
+        config.checkpoint_every_n_epochs = factor
+
+
+def epochs_of_equal_steps(data: SegmentationData) -> int:
+    """Return how many epochs have the steps of one epoch of all training images, at least 1."""
+    num_all = len(data.source.train) + data.source.num_undrawn
+    steps_of_all = num_all // data.batch_size
+    return max(1, math.ceil(steps_of_all / data.steps_per_epoch))
 
 
 def write_drawn_images(folder: Path, source: SegmentationSource, root: Any) -> None:

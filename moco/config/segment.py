@@ -106,8 +106,9 @@ class SegmentOptimizerConfig:
 class SegmentEvaluationConfig:
     """The measurement on the held-out images during training."""
 
-    every_n_epochs: int = setting(1, at_least=1)
-    """Epochs between two measurements."""
+    every_n_epochs: Optional[int] = setting(None, at_least=1)
+    """Epochs between two measurements. Null: 1; with few labels, as many epochs as have the steps
+    of an epoch of all training images."""
     batch_size: int = setting(1, at_least=1)
     """How many images of one size are predicted at once."""
     num_plotted_images: int = setting(4, at_least=0)
@@ -159,8 +160,8 @@ class SegmentConfig:
     """How held-out images are predicted. whole: at their own size. slide: in windows of image_size
     that overlap by a third."""
     evaluation: SegmentEvaluationConfig = field(default_factory=SegmentEvaluationConfig)
-    checkpoint_every_n_epochs: int = setting(1, at_least=1)
-    """Epochs between two checkpoints."""
+    checkpoint_every_n_epochs: Optional[int] = setting(None, at_least=1)
+    """Epochs between two checkpoints. Null: as for ``evaluation.every_n_epochs``."""
     preview: DisplayConfig = field(default_factory=DisplayConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)

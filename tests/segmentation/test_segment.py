@@ -314,8 +314,8 @@ def test_a_run_on_few_labels_says_which_and_keeps_the_best_by_its_metric(shapes,
     assert all((shapes / name).is_file() for name in names)
     assert "num_images=3: 3 of 24 training images, drawn by their names" in caplog.text
     assert (
-        "an epoch has 1 step instead of 3; to train, measure and save as often as with all images: "
-        "trainer.max_epochs=6 evaluation.every_n_epochs=3 checkpoint_every_n_epochs=3"
+        "an epoch has 1 step instead of 3; it is measured and saved every 3 epochs; "
+        "to train as long as with all images: trainer.max_epochs=6"
     ) in caplog.text
 
     assert (figures["segment/metric"], figures["segment/loss"]) == ("dice/disc", "focal")
