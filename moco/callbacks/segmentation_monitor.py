@@ -21,7 +21,7 @@ from moco.evaluation.reports.segmentation_plots import (
 from moco.phases import counted
 from moco.segmentation.inference import predicted_logits
 from moco.segmentation.mask_batches import MaskBatch, num_read
-from moco.segmentation.metrics import SegmentationCounts
+from moco.segmentation.metrics import COMMONEST, SegmentationCounts, miou_of_commonest_class
 from moco.segmentation.segmentation_data import SegmentationData, check_readable
 from moco.training.board_layout import tag_of
 
@@ -77,6 +77,7 @@ class SegmentationMonitor(EpochMeasurement):
         scores = counts.figures(data.source.class_names)
         self.figures |= {
             **scores,
+            COMMONEST: miou_of_commonest_class(counts.confusion),
             "segment/inference": self.inference,
             "segment/image_size": data.view.image_size,
             "segment/num_images": len(data.source.validation),

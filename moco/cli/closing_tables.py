@@ -40,6 +40,7 @@ KNN_FIGURES = {
 # The figures of a segmentation, in the order of the table.
 SEGMENT_FIGURES = {
     "segment/miou": "mIoU",
+    "segment/miou_of_commonest_class": "mIoU of the commonest class everywhere",
     "segment/dice": "mean Dice",
     "segment/pixel_accuracy": "pixel accuracy",
     "segment/class_accuracy": "mean class accuracy",
@@ -259,7 +260,10 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
         rows.append(("chosen by", best_in_words(run)))
     print_table(run.console, "Segmentation is done", rows)
     model = as_override("checkpoint", os.path.relpath(checkpoint))
-    steps = [f"python -m moco.predict {model} data=images data.root=PATH"]
+    steps = [
+        f"python -m moco.predict {model} data=images data.root=PATH",
+        f"python -m moco.evaluate {model} evaluation=segmentation",
+    ]
     folder = os.path.relpath(run.folder)
     if "tensorboard" in logger_names(run.plain["logger"]):
         steps.append(f"tensorboard --logdir {shell_quoted(folder)}")

@@ -29,7 +29,13 @@ from moco.phases import counted
 from moco.segmentation.inference import predicted_logits
 from moco.segmentation.mask_batches import MaskBatch, whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource
-from moco.segmentation.metrics import SCORES_OF_A_CLASS, SegmentationCounts, is_of_a_class
+from moco.segmentation.metrics import (
+    COMMONEST,
+    SCORES_OF_A_CLASS,
+    SegmentationCounts,
+    is_of_a_class,
+    miou_of_commonest_class,
+)
 from moco.segmentation.segmentation_data import check_readable
 from moco.segmentation.segmenter import Segmenter
 
@@ -140,7 +146,8 @@ def measure_segmenter(
             of_images.add(number, name, int(counts.confusion.sum()), figures)
     log.info("%d images segmented in %.1f s", num_images, time.monotonic() - started)
 
-    findings = findings_of(segmented, total.figures(source.class_names))
+    commonest = miou_of_commonest_class(total.confusion)
+    findings = findings_of(segmented, total.figures(source.class_names), commonest)
     findings.files[PER_IMAGE] = of_images.write
     if plots:
         names = shown_names(source.class_names)
@@ -153,8 +160,15 @@ def measure_segmenter(
     return findings
 
 
-def findings_of(segmented: SegmentedImages, figures: Mapping[str, float | None]) -> Findings:
-    """Return what is printed and written of the figures of all images."""
+def findings_of(
+    segmented: SegmentedImages, figures: Mapping[str, float | None], commonest: float | None
+) -> Findings:
+    """Return what is printed and written of the figures of all images.
+
+    Args:
+        figures: of `segmentation_figures`.
+        commonest: see `miou_of_commonest_class`.
+    """
     scores: dict[str, float | None] = {}
     of_classes: dict[str, float | None] = {}
     for name, figure in figures.items():
@@ -162,6 +176,7 @@ def findings_of(segmented: SegmentedImages, figures: Mapping[str, float | None])
         part[name] = figure
     source, inference = segmented.source, segmented.inference
     num_images = len(source.validation)
+    scores[COMMONEST] = commonest
     protocol = {
         "segment/inference": inference,
         "segment/image_size": segmented.image_size,
@@ -172,7 +187,11 @@ def findings_of(segmented: SegmentedImages, figures: Mapping[str, float | None])
     miou = scores["segment/miou"]
     headline = "no mIoU: no held-out pixel has a class"
     if miou is not None:
-        headline = f"mIoU {100 * miou:.1f} % of {num_images:,} images (inference={inference})"
+        assert commonest is not None  # a pixel has been counted
+        headline = (
+            f"mIoU {100 * miou:.1f} % of {num_images:,} images (inference={inference}); "
+            f"the commonest class everywhere has {100 * commonest:.1f} %"
+        )
     table = table_of_classes(source.class_names, of_classes)
     title = "segmentation by a fine-tuned model"
     return Findings(title, scores, protocol, of_classes, [table], headline)

@@ -14,6 +14,9 @@ SCORES_OF_TWO_CLASSES = ("sensitivity", "specificity", "auc")
 SCORES_OF_A_CLASS = ("iou", "dice")
 """The figures of one class: ``segment/iou/NAME``."""
 
+COMMONEST = "segment/miou_of_commonest_class"
+"""The key of `miou_of_commonest_class`."""
+
 NUM_BINS = 16_384
 """Bins of the log-odds of class 1."""
 LARGEST_LOG_ODDS = 32.0
@@ -180,6 +183,21 @@ def segmentation_figures(
         figures[f"segment/iou/{name}"] = known(iou)
         figures[f"segment/dice/{name}"] = known(dice)
     return figures
+
+
+def miou_of_commonest_class(confusion: Tensor) -> float | None:
+    """Return the mIoU of a model that says the commonest class everywhere.
+
+    It is what a model has to be better than. None if no pixel was counted.
+
+    Args:
+        confusion: see `confusion_matrix`.
+    """
+    true = confusion.sum(dim=1).double()
+    if true.sum() == 0:
+        return None
+    share = true.max() / true.sum()  # the IoU of that class; the other classes have 0
+    return float(share / (true > 0).sum())
 
 
 def known(figure: float) -> float | None:

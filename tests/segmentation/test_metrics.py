@@ -13,6 +13,7 @@ from moco.segmentation.metrics import (
     area_under_roc,
     confusion_matrix,
     log_odds_histogram,
+    miou_of_commonest_class,
     segmentation_figures,
 )
 
@@ -191,3 +192,13 @@ def test_scores_that_are_not_finite_are_counted():
     assert histogram.sum(dim=1).tolist() == [2, 2]
     # Of the four pairs all are in order.
     assert area_under_roc(histogram) == 1.0
+
+
+def test_the_commonest_class_everywhere_has_the_miou_of_such_a_model():
+    classes = torch.randint(0, 3, (2, 20, 20)).clamp(max=1) * 2  # class 1 is nowhere
+    classes[0, :3] = 255
+    confusion = confusion_matrix(torch.full_like(classes, 2), classes, 3, 255)
+    expected = segmentation_figures(confusion, ["a", "b", "c"])["segment/miou"]
+    any_model = confusion_matrix(torch.randint(0, 3, classes.shape), classes, 3, 255)
+    assert miou_of_commonest_class(any_model) == pytest.approx(expected)
+    assert miou_of_commonest_class(torch.zeros(3, 3)) is None

@@ -224,11 +224,14 @@ def test_the_closing_table_shows_every_class(trained):
     assert "8 images, inference=whole" in shown
     assert f"after epoch {figures['segment/best_epoch']}" in shown
     best = os.path.relpath(folder / "checkpoints/best.ckpt")
-    last_lines = shown.splitlines()[-2:]
+    last_lines = shown.splitlines()[-3:]
     assert last_lines[0] == (
         f"next: python -m moco.predict checkpoint={best} data=images data.root=PATH"
     )
-    assert last_lines[1].startswith("or: tensorboard --logdir")
+    assert last_lines[1] == (
+        f"or: python -m moco.evaluate checkpoint={best} evaluation=segmentation"
+    )
+    assert last_lines[2].startswith("or: tensorboard --logdir")
 
 
 def test_the_start_panel_says_what_is_trained(trained):
