@@ -44,7 +44,8 @@ def measure(config: EvaluateConfig) -> tuple[Findings, dict[str, Any]]:
     data, run_data = config.data, tuned.config["data"]
     name = data.name or run_data["name"]
     root = run_data["root"] if data.root is None else data.root
-    source = build_measured_source(tuned, data, name, root)
+    part = config.evaluation.part
+    source = build_measured_source(tuned, data, name, root, part=part)
     pixel_settings = {"name": name, "root": root, **pixel_settings_of(data, run_data)}
     source.prepare(pixel_settings, tuned.learned["mean"], config.preview.bands)
     image_size = data.image_size or tuned.learned["image_size"]
@@ -66,11 +67,19 @@ def measure(config: EvaluateConfig) -> tuple[Findings, dict[str, Any]]:
         "epoch": tuned.epoch,
         "step": tuned.step,
     }
+    if part is not None:
+        origin["part"] = part
     return findings, origin
 
 
 def build_measured_source(
-    tuned: FineTuned, data: Any, name: str, root: Any, *, wants_train: bool = False
+    tuned: FineTuned,
+    data: Any,
+    name: str,
+    root: Any,
+    *,
+    wants_train: bool = False,
+    part: str | None = None,
 ) -> SegmentationSource:
     """Return a dataset with masks of the classes that a model has learned.
 
@@ -84,6 +93,7 @@ def build_measured_source(
         name: of the dataset.
         root: its folder.
         wants_train: the training images are wanted, too.
+        part: the folder below ``images`` that is held out; None: the usual one.
 
     Raises:
         InputError: the dataset cannot be used, or it names other classes.
@@ -107,6 +117,7 @@ def build_measured_source(
         max_image_pixels=data.max_image_pixels,
         # Of a dataset that the model has not seen, all images can be measured.
         is_trained_on=is_own or wants_train,
+        part=part,
     )
 
 

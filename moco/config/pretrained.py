@@ -71,7 +71,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "seed",
     ),
     "label_free": (*CLASS_DATA, "feature", "cache", "plots", "map"),
-    "segmentation": ("ignore_index", "inference", "plots"),
+    "segmentation": ("ignore_index", "inference", "part", "plots"),
     "linear": (*CLASS_DATA, "feature", "cache", "linear"),
     "linear_official": (*CLASS_DATA, "feature", "cache", "linear_official"),
 }
@@ -124,6 +124,9 @@ class EvaluationConfig:
     images, alignment and LiDAR."""
     inference: Optional[str] = setting(None, choices=("slide", "whole"))
     """segmentation: how images are predicted, see moco.segment. Null: as in the run."""
+    part: Optional[str] = None
+    """segmentation: the folder below ``images/`` that is measured, such as test. Null: the held-out
+    images of the run; of another dataset the held-out folder, or else all images."""
     plots: bool = True
     """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run
     folder. segmentation: draw the confusion matrix and some predictions."""

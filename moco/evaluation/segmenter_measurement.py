@@ -215,7 +215,7 @@ def pictures_of_some(
     for batch, logits, classes in segmented.batches(chosen):
         for row, number in enumerate(batch.indices.tolist()):
             name, _, figures = of_images.rows[number]
-            title = f"{legible(printable(name), LONGEST_TITLE) or number}: "
+            shown = legible(printable(name), LONGEST_TITLE) or str(number)
             drawn[number] = compared_masks(
                 batch.images[row],
                 classes[row],
@@ -224,7 +224,8 @@ def pictures_of_some(
                 look["mean"],
                 look["std"],
                 segmented.values,
-                title + f"mIoU {figures['segment/miou']:.3f}",
+                # The figure comes first: a narrow picture cuts the end of a long name.
+                f"mIoU {figures['segment/miou']:.3f}  {shown}",
             )
     return [drawn[number] for number in chosen]
 

@@ -9,18 +9,19 @@ from torch import Tensor
 MAX_SIDE = 512  # px; a larger image is shown with every n-th pixel only
 GAP = 2  # white columns between the parts
 GOLDEN_SECTION = 0.61803
+FIRST_HUE = 0.09  # orange
 
 
 def class_colours(num_classes: int) -> Tensor:
     """Return a colour for each class, and grey for no class: (num_classes + 1, 3) uint8.
 
     Hues are a golden section apart, so that neighbouring classes differ. Class 0 is black, because
-    it is often the background.
+    it is often the background. Class 1 is orange, which shows on dark and on stained images.
     """
     colours = [(0.0, 0.0, 0.0)]
     for number in range(1, num_classes):
-        hue = number * GOLDEN_SECTION % 1
-        brightness = 1.0 if number % 2 == 0 else 0.65
+        hue = (FIRST_HUE + (number - 1) * GOLDEN_SECTION) % 1
+        brightness = 1.0 if number % 2 == 1 else 0.65
         colours.append(colorsys.hsv_to_rgb(hue, 1.0, brightness))
     colours.append((0.5, 0.5, 0.5))
     return as_bytes(torch.tensor(colours))

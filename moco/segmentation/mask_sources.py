@@ -116,6 +116,7 @@ def build_segmentation_source(
     ignore_index: int = 255,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     is_trained_on: bool = True,
+    part: str | None = None,
     draw: LabelDraw | None = None,
 ) -> SegmentationSource:
     """Return the dataset `name`, with every pair of files checked.
@@ -131,13 +132,15 @@ def build_segmentation_source(
         max_image_pixels: an image or mask with more pixels is refused.
         is_trained_on: False: the dataset is only measured. A folder without a part for training
             is then held out as a whole.
+        part: the folder below ``images`` that is held out, such as ``test``; None: see
+            `list_segmentation_folder`.
         draw: which of the training images are used; None: all. It does not change the number of
             classes.
 
     Raises:
         InputError: the dataset cannot be used. The message names the file or the key.
     """
-    listing = list_files(name, root, download, is_trained_on=is_trained_on)
+    listing = list_files(name, root, download, is_trained_on=is_trained_on, part=part)
     # Names decide the number of classes. Without names the masks do, further below.
     names, names_origin = listing.class_names, listing.names_origin
     if class_names:
@@ -151,12 +154,16 @@ def build_segmentation_source(
     pairs = listing.train + listing.validation
     sizes, numbers = inspect_pairs(pairs, ignore_index, max_image_pixels)
     num_train = len(listing.train)
-    log.info(
-        "%d training images and %d held-out images, all checked in %.1f s",
-        num_train,
-        len(listing.validation),
-        time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    if is_trained_on:
+        log.info(
+            "%d training images and %d held-out images, all checked in %.1f s",
+            num_train,
+            len(listing.validation),
+            seconds,
+        )
+    else:
+        log.info("%d images, all checked in %.1f s", len(listing.validation), seconds)
     pixels_of_numbers = Counter[int]()  # in the masks to train on
     for place in chosen:
         pixels_of_numbers.update(numbers[place])
@@ -198,9 +205,14 @@ def build_segmentation_source(
 
 
 def list_files(
-    name: str | None, root: Any, download: bool, *, is_trained_on: bool = True
+    name: str | None,
+    root: Any,
+    download: bool,
+    *,
+    is_trained_on: bool = True,
+    part: str | None = None,
 ) -> Listing:
-    """List the files of the dataset `name`.
+    """List the files of the dataset `name`; see `build_segmentation_source`.
 
     Raises:
         InputError: there is no such dataset with masks, or its folder is not given or is wrong.
@@ -210,8 +222,10 @@ def list_files(
     if not isinstance(root, str):
         raise InputError(f"data.root={root}: expected the dataset's folder; give data.root=PATH")
     if name == "voc2012":
+        if part is not None:
+            raise InputError(f"evaluation.part={part}: voc2012 has one held-out part")
         return list_voc2012(root, download)
-    return list_segmentation_folder(root, is_trained_on=is_trained_on)
+    return list_segmentation_folder(root, is_trained_on=is_trained_on, part=part)
 
 
 def check_class_names(names: Sequence[str], origin: str, num_classes: int | None) -> None:
@@ -223,14 +237,16 @@ def check_class_names(names: Sequence[str], origin: str, num_classes: int | None
         raise InputError(f"data.num_classes={num_classes}: {origin} has {len(names)} names")
 
 
-def list_segmentation_folder(root: str, *, is_trained_on: bool = True) -> Listing:
+def list_segmentation_folder(
+    root: str, *, is_trained_on: bool = True, part: str | None = None
+) -> Listing:
     """List images below root/images and their masks below root/masks.
 
     A mask has the path of its image, with the ending .png. Images below images/train are for
     training; images below images/val are held out. `find_split` says what these folders may be
     called; those of the masks may have another of these names. Without images/val a tenth of the
-    images is held out; if nobody trains on the dataset, all are. Class names stand in
-    root/classes.txt, one a line.
+    images is held out; if nobody trains on the dataset, all are. `part` names another folder that
+    is held out. Class names stand in root/classes.txt, one a line.
 
     Raises:
         InputError: a folder is missing, an image has no mask, or a mask has no image.
@@ -245,6 +261,11 @@ def list_segmentation_folder(root: str, *, is_trained_on: bool = True) -> Listin
             )
     # Only the folders below images decide.
     split = find_split(images, has_classes=False)
+    if part is not None:
+        if part not in folders_in(images):
+            problem = unknown_name("folder below images", part, folders_in(images))
+            raise InputError(f"evaluation.part: {problem}")
+        split = split._replace(validation=part)
     if split.validation and not split.train and is_trained_on:
         raise InputError(
             f"data.root={root}: there is a folder images/{split.validation}, but none to "
@@ -253,8 +274,8 @@ def list_segmentation_folder(root: str, *, is_trained_on: bool = True) -> Listin
     names_file = Path(root, "classes.txt")
     names = read_class_names(names_file)
     if not is_trained_on:
-        part = parts_of(split.validation, images, masks, VALIDATION_FOLDERS)
-        measured = list(pair_files(*part).values())
+        places = parts_of(split.validation, images, masks, VALIDATION_FOLDERS)
+        measured = list(pair_files(*places).values())
         # The pixels of one image decide how all are read.
         return Listing(measured[:1], measured, names, str(names_file))
     pairs = pair_files(*parts_of(split.train, images, masks, TRAINING_FOLDERS))

@@ -1,5 +1,6 @@
 """Load a model of ``moco.segment`` from its checkpoint, without Hydra."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,12 +8,14 @@ from typing import Any, NamedTuple
 from moco.errors import InputError, unknown_name
 from moco.models.swin.window_change import rewindow
 from moco.runs.checkpoint_files import read_checkpoint
-from moco.runs.run_folder import LAST_CHECKPOINT
+from moco.runs.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT
 from moco.segmentation.image_segmenter import ImageSegmenter
 from moco.segmentation.pixel_classifier import LARGEST_FORWARD, Inference
 from moco.segmentation.segmenter import Segmenter
 from moco.targets import check_named
 from moco.weights.weight_files import is_segmenter
+
+log = logging.getLogger(__name__)
 
 
 class FineTuned(NamedTuple):
@@ -125,7 +128,16 @@ def load_fine_tuned(
     if window_size is not None:
         rewindow(segmenter.model.backbone, window_size)
     epoch = content["figures"].get("epoch", 0)
+    tell_of_best(path, epoch)
     return FineTuned(segmenter.eval(), learned, content["config"], epoch, content["global_step"])
+
+
+def tell_of_best(path: str | Path, epoch: int) -> None:
+    """Log that a run has a best checkpoint, if its last one is loaded."""
+    last = Path(path)
+    best = last.with_name(BEST_CHECKPOINT.name)
+    if last.name == LAST_CHECKPOINT.name and best.is_file():
+        log.info("the model is %s of epoch %d; the best one is %s", last.name, epoch, best)
 
 
 def inference_of(

@@ -1,6 +1,7 @@
 """Datasets with masks: listing, pairing and checking of files, and the numbers in masks."""
 
 import itertools
+import shutil
 import struct
 import time
 import warnings
@@ -98,6 +99,19 @@ def test_folders_may_have_other_common_names(held_out, of_masks, shapes, caplog)
         f"training is trained on, {held_out} is held out, and the other folders are not used: more"
     )
     assert taken in caplog.text
+
+
+@pytest.mark.parametrize("is_trained_on", [True, False])
+def test_another_folder_can_be_measured(is_trained_on, shapes):
+    for folder in ("images", "masks"):
+        shutil.copytree(shapes / folder / "val", shapes / folder / "test")
+        (shapes / folder / "test" / "00.png").unlink()
+    source = source_of(shapes, is_trained_on=is_trained_on, part="test")
+    assert source.validation.name(0) == str(shapes / "images" / "test" / "01.png")
+    assert len(source.validation) == 3
+    message = "evaluation.part: unknown folder below images 'tests'"
+    with pytest.raises(InputError, match=message):
+        source_of(shapes, is_trained_on=is_trained_on, part="tests")
 
 
 @pytest.mark.parametrize("held_out", ["val", "validation", "test"])
