@@ -47,6 +47,9 @@ def after_evaluation(config: EvaluateConfig, figures: Collection[str]) -> list[s
     if config.checkpoint is None:
         drops = (*OF_MEASUREMENT, "checkpoint", "accelerator", "trust_targets")
         return [typed_command("train", drops)]
+    if config.evaluation.name == "segmentation":
+        drops = (*OF_MEASUREMENT, "data", "accelerator", "preview")
+        return [typed_command("predict", drops, ["data=images", "data.root=PATH"])]
     if config.evaluation.name not in ("knn", "label_free"):
         drops = (*OF_MEASUREMENT, "data", "augmentation", "accelerator")
         return [typed_command("export", drops, ["format=safetensors"])]
