@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from moco.errors import encodable
 
@@ -37,11 +37,31 @@ def new_console(**options: Any) -> "Console":
     """
     from rich.console import Console
 
-    console = Console(markup=False, highlight=False, emoji=False, **options)
+    class LastingConsole(Console):
+        """Goes on when nobody reads its output any more, as after ``moco.train | head``.
+
+        rich would end the program, and a run that it ends between two epochs has saved nothing.
+        """
+
+        def on_broken_pipe(self) -> None:
+            discard_output(self.file)
+
+    console = LastingConsole(markup=False, highlight=False, emoji=False, **options)
     is_pipe = not console.is_terminal and not console.is_jupyter
     if is_pipe and "COLUMNS" not in os.environ and "width" not in options:
         console.width = PIPE_WIDTH
     return console
+
+
+def discard_output(broken: IO[str]) -> None:
+    """Let what is written to a broken pipe vanish, whether it goes there by stdout or by stderr."""
+    pipe = os.fstat(broken.fileno())
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr, broken):
+        with suppress(OSError):  # a stream without a file, in somebody else's program
+            if os.path.samestat(os.fstat(stream.fileno()), pipe):
+                os.dup2(devnull, stream.fileno())
+    os.close(devnull)
 
 
 def wrapped(text: str, width: int, indent: str = "") -> str:

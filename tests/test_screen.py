@@ -3,6 +3,7 @@
 import ast
 import io
 import logging
+import os
 
 import pytest
 
@@ -85,3 +86,13 @@ def test_a_pipe_gets_messages_as_they_are(monkeypatch):
         logging.makeLogRecord({"levelname": "WARNING", "msg": "caf\udce9 " + "word " * 30})
     )
     assert pipe.getvalue() == "WARNING caf\\udce9 " + "word " * 30 + "\n"
+
+
+def test_a_program_goes_on_when_nobody_reads_its_output_any_more():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        console = new_console(file=file)
+        console.print("a line")
+        console.print("another")
+        file.flush()

@@ -129,8 +129,8 @@ def check_limits(config: Any, prefix: str = "") -> None:
 def unknown_key(full_key: str, schema: type) -> str:
     """Return a sentence about a key that the schema does not have, with the nearest key.
 
-    A key of the same group with a similar name comes first: that is a typing error. Otherwise the
-    name may be right and the group wrong.
+    A key with this very name in another group comes first. Then comes a key of the same group with
+    a similar name, which is a typing error, and then a similar name in another group.
     """
     group, _, name = full_key.rpartition(".")
     all_keys = keys(schema)
@@ -140,7 +140,8 @@ def unknown_key(full_key: str, schema: type) -> str:
     if takes_new_keys(group, schema):
         return f"unknown key '{full_key}'; a new one needs a plus: +{full_key}=VALUE"
     hint = ""
-    for candidates in (all_keys, siblings):
+    same_name = [key for key in all_keys if key.rpartition(".")[2] == name]
+    for candidates in (all_keys, siblings, same_name):
         names = [key.rpartition(".")[2] for key in candidates]
         for match in difflib.get_close_matches(name, names, n=1):
             hint = f"; did you mean '{candidates[names.index(match)]}'?"

@@ -194,7 +194,7 @@ MISTAKES = [
     (["data=images"], "error: data.root: missing; data=images needs data.root=PATH"),
     (["data=images", "data.root=nowhere"], "error: data.root=nowhere: no such folder"),
     (["data=images", "data.root=."], "error: data.root=.: no images in there (left out 4 files: .yaml 4)"),
-    (["method.temperature"], "error: cannot read the override 'method.temperature': Error parsing override"),
+    (["method.temperature"], "error: cannot read the override 'method.temperature': expected key=value"),
     (["trainer.accelerator=gppu"], "error: trainer.accelerator: unknown value 'gppu'; did you mean 'gpu'?"),
     (["method=null"], "error: Config group override must be a string or a list."),
     (["resume=nowhere.ckpt", "+experiment=quickstart"], "error: resume=nowhere.ckpt: no such file"),

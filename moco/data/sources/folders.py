@@ -67,6 +67,7 @@ def folder_source(
     if roots is None:
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
     check_no_overlap(roots)
+    warn_of_masks(roots)
     listed_files = listed(roots, pages, listing)
     files, images_of = files_as_images(
         listed_files, roots, max_image_pixels, band_files, bands, tile
@@ -290,6 +291,19 @@ def divided(side: Side, names: Sequence[str], held_out: float) -> DataSource:
     bank, queries = side.labelled(~is_query), side.labelled(is_query)
     warn_of_missing_classes(bank, queries)
     return DataSource(side.images, bank, queries, IMAGE_SIZE)
+
+
+def warn_of_masks(roots: Sequence[str]) -> None:
+    """Warn that the masks of a dataset for segmentation are taken for images."""
+    for root in roots:
+        if {"images", "masks"} <= set(folders_in(root)):
+            images = printable(os.path.join(root, "images"))
+            log.warning(
+                "%s has the folders images and masks, and the masks count as images here; "
+                "data.root=%s leaves them out",
+                printable(root),
+                images,
+            )
 
 
 def log_start(roots: Sequence[str], images: str, files: Listing) -> None:

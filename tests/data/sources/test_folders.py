@@ -63,3 +63,14 @@ def test_a_class_without_images_on_one_side_is_a_warning(tmp_path, caplog):
     build_source("image_folder", str(tmp_path))
     assert "4 of 6 classes have no image among the queries: b, d, e, f" in caplog.text
     assert "among the bank" not in caplog.text
+
+
+def test_masks_beside_the_images_are_warned_of(tmp_path, caplog):
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / "1.png")
+    assert len(build_source("images", str(tmp_path)).train) == 2
+    assert f"data.root={tmp_path / 'images'} leaves them out" in caplog.text
+    caplog.clear()
+    assert len(build_source("images", str(tmp_path / "images")).train) == 1
+    assert not caplog.text
