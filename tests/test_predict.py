@@ -478,7 +478,10 @@ def masks_of_other_sizes(tmp_path, checkpoint):
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (pretraining, "moco.predict needs a model of moco.segment, and this one has no decoder; "),
+        (
+            pretraining,
+            "moco.predict needs a model of moco.segment, and this one is of another program; ",
+        ),
         (text_file, "words.ckpt: .*; moco.predict needs a model of moco.segment"),
         (something_else, r"holds something else \(thesis.tex\); choose a new folder"),
         (a_file, "a file; expected a folder"),

@@ -4,6 +4,7 @@ An image and its mask are paired by their paths. All pairs are checked before tr
 that a mistake is found at once.
 """
 
+import glob
 import logging
 import os
 import time
@@ -257,7 +258,7 @@ def list_segmentation_folder(
         if not folder.is_dir():
             raise InputError(
                 f"data.root={root}: there is no folder {folder.name} in it; "
-                "expected the folders images and masks"
+                f"expected the folders images and masks{other_layout(root)}"
             )
     # Only the folders below images decide.
     split = find_split(images, has_classes=False)
@@ -283,6 +284,18 @@ def list_segmentation_folder(
         return Listing(*hold_out_a_tenth(pairs), names, str(names_file))
     held_out = pair_files(*parts_of(split.validation, images, masks, VALIDATION_FOLDERS))
     return Listing(list(pairs.values()), list(held_out.values()), names, str(names_file))
+
+
+def other_layout(root: str) -> str:
+    """Return the end of a message that tells of images on another level, or nothing."""
+    for part in folders_in(root):
+        if Path(root, part, "images").is_dir():
+            return f"; {part}/images is there: expected images/{part} and masks/{part}"
+    folder = Path(root)
+    for above in (folder.parent, folder.parent.parent):
+        if (above / "images").is_dir() and (above / "masks").is_dir():
+            return f"; they are in data.root={above}"
+    return ""
 
 
 def parts_of(
@@ -357,17 +370,33 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
             mask_paths[path_without_ending(masks, path)] = path
 
     # The first in alphabetical order is named, so that the message is the same on every machine.
-    alone = []
-    for key in sorted(image_paths.keys() - mask_paths.keys()):
-        alone.append(f"{image_paths[key]}: there is no mask {masks / key}.png")
-    for key in sorted(mask_paths.keys() - image_paths.keys()):
-        alone.append(f"{mask_paths[key]}: there is no image of that name in {images}")
-    if alone:
-        raise InputError(printable(alone[0] + and_more(len(alone))))
+    without_mask = sorted(image_paths.keys() - mask_paths.keys())
+    without_image = sorted(mask_paths.keys() - image_paths.keys())
+    rest = and_more(len(without_mask) + len(without_image))
+    for key in without_mask:
+        hint = similar_mask(masks, key)
+        problem = f"{image_paths[key]}: there is no mask {masks / key}.png{hint}{rest}"
+        raise InputError(printable(problem))
+    for key in without_image:
+        problem = f"{mask_paths[key]}: there is no image of that name in {images}{rest}"
+        raise InputError(printable(problem))
     pairs = {}
     for key in sorted(image_paths):
         pairs[key] = Pair(image_paths[key], mask_paths[key], key)
     return pairs
+
+
+def similar_mask(masks: Path, key: str) -> str:
+    """Return the end of a message that names a file which may be the missing mask, or nothing.
+
+    Args:
+        masks: the folder of the masks.
+        key: see `pair_files`.
+    """
+    expected = masks / key
+    for path in sorted(expected.parent.glob(f"{glob.escape(expected.name)}[!0-9]*")):
+        return f"; {path.name} is there: expected the name of the image and the ending .png"
+    return ""
 
 
 def path_without_ending(folder: Path, path: str) -> str:

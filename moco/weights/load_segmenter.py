@@ -118,7 +118,9 @@ def load_fine_tuned(
         raise InputError(f"{error}; {expected}") from error
     learned = content["hyper_parameters"]
     if not is_segmenter(learned):
-        raise InputError(f"checkpoint={path}: {expected}, and this one has no decoder; {advice}")
+        raise InputError(
+            f"checkpoint={path}: {expected}, and this one is of another program; {advice}"
+        )
     named = learned["backbone"].get("target")
     try:
         check_named(named, target, "backbone.target", trust_targets=trust_targets)

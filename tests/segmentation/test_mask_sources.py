@@ -407,3 +407,23 @@ def test_a_mask_of_colours_is_refused(tmp_path):
     message = r"mask.png: mode RGB: expected one number per pixel \(modes 1, I, I;16"
     with pytest.raises(UnreadableImage, match=message):
         read_mask(str(path))
+
+
+@pytest.mark.parametrize("name", ["00_mask.png", "00.jpg"])
+def test_a_mask_of_another_name_is_named(name, shapes):
+    masks = shapes / "masks" / "train"
+    (masks / "00.png").rename(masks / name)
+    message = rf"00.png; {name} is there: expected the name of the image and the ending .png"
+    with pytest.raises(InputError, match=message):
+        source_of(shapes)
+
+
+def test_folders_on_another_level_are_named(shapes, tmp_path):
+    with pytest.raises(InputError, match=f"masks; they are in data.root={shapes}$"):
+        source_of(shapes / "images" / "train")
+    other = tmp_path / "other"
+    (other / "train").mkdir(parents=True)
+    (shapes / "images").rename(other / "train" / "images")
+    message = "; train/images is there: expected images/train and masks/train$"
+    with pytest.raises(InputError, match=message):
+        source_of(other)

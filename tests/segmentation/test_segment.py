@@ -772,5 +772,5 @@ def test_another_inference_of_a_finished_run_names_the_command_that_measures(tra
 
 
 def test_only_segmenters_are_measured_as_segmenters(swin, tmp_path):
-    with pytest.raises(InputError, match="and this one has no decoder; evaluation=dense"):
+    with pytest.raises(InputError, match="and this one is of another program; evaluation=dense"):
         evaluated(swin, tmp_path)
