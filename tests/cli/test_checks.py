@@ -105,7 +105,7 @@ LEARNED = ["backbone=vit_tiny_patch4", "backbone.learned_positions=4"]
         (["backbone=swin_v2_tiny_patch2"], [24], None),
     ],
 )
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_what_has_no_deterministic_form_on_a_gpu_is_said_before_the_run(
     device, settings, sizes, said, runner, monkeypatch
 ):

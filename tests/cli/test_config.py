@@ -63,7 +63,9 @@ def test_every_option_of_pretraining_composes_and_parses(options):
         ViewPair(pair.query, pair.key, pair.mean, pair.std, 32, seed=0)
 
 
-@pytest.mark.parametrize("options", together(("data", "evaluation")), ids=" ".join)
+@pytest.mark.parametrize(
+    "options", thinned(together(("data", "evaluation")), every=3), ids=" ".join
+)
 def test_every_option_of_an_evaluation_composes_and_parses(options):
     composed("checkpoint=x", *options, "data.root=y", name="evaluate", schema=EvaluateConfig)
 
@@ -96,7 +98,8 @@ def test_densecl_is_moco_v2_with_a_dense_term():
 
 
 @pytest.mark.parametrize(
-    "method", sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml"))
+    "method",
+    thinned(sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")), every=2),
 )
 def test_every_method_takes_the_dense_term(method):
     import torch
