@@ -10,7 +10,7 @@ from moco.data.files.encoded_image import NO_LIMIT, EncodedImage, UnreadableImag
 from moco.data.files.images import encoded, encoded_file, read_window
 from moco.data.sources.pixel_values import PixelValues, PreparedImage
 from moco.data.sources.source import Images
-from moco.data.sources.tiles import TileImages
+from moco.data.sources.tiles import PartOfFile, TileImages
 from moco.errors import printable
 
 READ_BY_WINDOWS = ("numpy", "tiff")
@@ -20,12 +20,9 @@ ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class Raster:
+class Raster(PartOfFile):
     """An `EncodedImage` in a file, of which parts are decoded."""
 
-    whole: EncodedImage
-    """Its pixels are not read."""
-    path: str
     max_image_pixels: int
     raw: bool
     """Whether 8-bit images keep the bands of the file."""
@@ -34,26 +31,6 @@ class Raster:
     def size(self) -> tuple[int, int]:
         """(height, width), px."""
         return self.whole.size
-
-    @property
-    def bands(self) -> int:
-        """The number of bands."""
-        return self.whole.bands
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The type of the pixels."""
-        return self.whole.dtype
-
-    @property
-    def no_data(self) -> float | None:
-        """The value that stands for missing pixels, if the file says one."""
-        return self.whole.no_data
-
-    @property
-    def band_names(self) -> tuple[str, ...] | None:
-        """The names of the bands, if the file has them."""
-        return self.whole.band_names
 
     def part(self, window: Window) -> np.ndarray:
         """Return a part of the pixels, (height, width, bands).

@@ -99,23 +99,12 @@ class TileImages(Images):
 
 
 @dataclass(frozen=True)
-class Tile:
-    """An `EncodedImage` that is a part of a file."""
+class PartOfFile:
+    """What a part of a file has in common with the whole."""
 
     whole: EncodedImage
     """Its pixels are not read."""
     path: str
-    name: str
-    """For messages."""
-    window: Window
-    max_image_pixels: int
-    raw: bool
-    """Whether 8-bit images keep the bands of the file."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width), px."""
-        return self.window.height, self.window.width
 
     @property
     def bands(self) -> int:
@@ -136,6 +125,23 @@ class Tile:
     def band_names(self) -> tuple[str, ...] | None:
         """The names of the bands, if the file has them."""
         return self.whole.band_names
+
+
+@dataclass(frozen=True)
+class Tile(PartOfFile):
+    """An `EncodedImage` that is a part of a file."""
+
+    name: str
+    """For messages."""
+    window: Window
+    max_image_pixels: int
+    raw: bool
+    """Whether 8-bit images keep the bands of the file."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width), px."""
+        return self.window.height, self.window.width
 
     def pixels(self) -> np.ndarray:
         """Return the pixels, (height, width, bands), see `read_window`.
