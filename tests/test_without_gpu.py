@@ -37,13 +37,6 @@ ALLOWED = {
         (COUNTED, "the host knows the answer by then, and counts it"),
     ],
 }
-# The verdict looks at the run when a tenth of it ends. The runs here are so short that each step
-# ends one.
-VERDICT = ("learning_verdict.py", "diagnostics.py", "training_monitor.py: contrast_figures")
-
-
-def is_of_the_verdict(wait):
-    return any(place in wait for place in VERDICT)
 
 
 def sweep(folder, size):
@@ -66,10 +59,7 @@ def allowed_for(case):
 def assert_healthy(results):
     failed = {case: result["error"] for case, result in results.items() if result["error"]}
     assert not failed
-    waiting = {}
-    for case, result in results.items():
-        waits = set(result["waits"]) - allowed_for(case)
-        waiting[case] = {wait for wait in waits if not is_of_the_verdict(wait)}
+    waiting = {case: set(result["waits"]) - allowed_for(case) for case, result in results.items()}
     assert not {case: waits for case, waits in waiting.items() if waits}
 
 
