@@ -80,7 +80,7 @@ SWITCHES = {
         "augmentation.start_image_size=16",
         "augmentation.image_size_step=8",
         "augmentation.ramp_epochs=2",
-        "trainer.max_epochs=3",
+        "trainer.max_epochs=12",
         "trainer.max_steps=-1",
         "data.batch_size=512",
     ],
@@ -130,7 +130,8 @@ class WaitsBetweenSteps(pl.Callback):
 def trained(gpu, folder, overrides):
     """Train on the digits as `moco.train` does; return the waits between two steps."""
     runner = Runner(folder)
-    config = runner.config(*SMALL, "trainer.max_steps=4", *overrides)
+    # So many steps that the second one ends no tenth of the run, after which the verdict looks at it.
+    config = runner.config(*SMALL, "trainer.max_steps=24", *overrides)
     between = WaitsBetweenSteps(gpu)
     build = pretraining.build_trainer
 
