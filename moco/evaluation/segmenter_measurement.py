@@ -154,9 +154,9 @@ def measure_segmenter(
         confusion = confused_pixels(names, total.confusion)
         mark = {"Software": SOFTWARE}  # so that it is no image of a dataset
         findings.plots["confusion.png"] = partial(confusion.savefig, format="png", metadata=mark)
-        pictures = pictures_of_some(segmented, of_images, names)
-        if pictures:
-            findings.plots["predictions.png"] = partial(write_stacked, pictures)
+        comparisons = plots_of_some(segmented, of_images, names)
+        if comparisons:
+            findings.plots["predictions.png"] = partial(write_stacked, comparisons)
     return findings
 
 
@@ -197,10 +197,10 @@ def findings_of(
     return Findings(title, scores, protocol, of_classes, [table], headline)
 
 
-def pictures_of_some(
+def plots_of_some(
     segmented: SegmentedImages, of_images: ImageFigures, names: Sequence[str]
 ) -> list[np.ndarray]:
-    """Return pictures of some images with mask and prediction, from the worst to the best.
+    """Return plots of some images with mask and prediction, from the worst to the best.
 
     The images are segmented again, because the predictions of all would not fit into memory.
 
@@ -224,7 +224,7 @@ def pictures_of_some(
                 look["mean"],
                 look["std"],
                 segmented.values,
-                # The figure comes first: a narrow picture cuts the end of a long name.
+                # The figure comes first: a narrow plot cuts the end of a long name.
                 f"mIoU {figures['segment/miou']:.3f}  {shown}",
             )
     return [drawn[number] for number in chosen]

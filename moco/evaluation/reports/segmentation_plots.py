@@ -42,7 +42,7 @@ def compared_masks(
     values: PixelValues | None,
     title: str = "",
 ) -> np.ndarray:
-    """Return a picture (height, width, 3) uint8 of an image, its mask and a prediction.
+    """Return a plot (height, width, 3) uint8 of an image, its mask and a prediction.
 
     Args:
         image: (bands, height, width), normalised.
@@ -92,15 +92,15 @@ def confused_pixels(names: Sequence[str], confusion: Tensor) -> "Figure":
     return confusion_card(names, confusion.cpu().numpy(), "pixels")
 
 
-def write_stacked(pictures: Sequence[np.ndarray], file: BinaryIO) -> None:
-    """Write pictures (height, width, 3) uint8, one below the other, as one PNG."""
-    width = max(picture.shape[1] for picture in pictures)
-    height = sum(picture.shape[0] for picture in pictures) + GAP * (len(pictures) - 1)
+def write_stacked(plots: Sequence[np.ndarray], file: BinaryIO) -> None:
+    """Write plots (height, width, 3) uint8, one below the other, as one PNG."""
+    width = max(plot.shape[1] for plot in plots)
+    height = sum(plot.shape[0] for plot in plots) + GAP * (len(plots) - 1)
     sheet = np.full((height, width, 3), 255, np.uint8)
     top = 0
-    for picture in pictures:
-        sheet[top : top + picture.shape[0], : picture.shape[1]] = picture
-        top += picture.shape[0] + GAP
+    for plot in plots:
+        sheet[top : top + plot.shape[0], : plot.shape[1]] = plot
+        top += plot.shape[0] + GAP
     mark = PngInfo()  # so that it is no image of a dataset
     mark.add_text("Software", SOFTWARE)
     Image.fromarray(sheet).save(file, format="PNG", pnginfo=mark)
