@@ -80,7 +80,7 @@ SWITCHES = {
         "augmentation.start_image_size=16",
         "augmentation.image_size_step=8",
         "augmentation.ramp_epochs=2",
-        "trainer.max_epochs=12",
+        "trainer.max_epochs=3",
         "trainer.max_steps=-1",
         "data.batch_size=512",
     ],
@@ -130,8 +130,7 @@ class WaitsBetweenSteps(pl.Callback):
 def trained(gpu, folder, overrides):
     """Train on the digits as `moco.train` does; return the waits between two steps."""
     runner = Runner(folder)
-    # So many steps that the second one ends no tenth of the run, after which the verdict looks at it.
-    config = runner.config(*SMALL, "trainer.max_steps=24", *overrides)
+    config = runner.config(*SMALL, "trainer.max_steps=4", *overrides)
     between = WaitsBetweenSteps(gpu)
     build = pretraining.build_trainer
 
@@ -140,7 +139,10 @@ def trained(gpu, folder, overrides):
         made.callbacks.append(between)
         return made
 
-    with mock.patch.object(pretraining, "build_trainer", build_trainer):
+    # The schedules and the verdict take it for the beginning of a longer run. The verdict looks at a
+    # run when a tenth of it ends, which each of four steps would.
+    as_in_a_long_run = mock.patch.object(method_module.MoCo, "num_steps", 100)
+    with as_in_a_long_run, mock.patch.object(pretraining, "build_trainer", build_trainer):
         train.run(config, folder / "run")
     return between.waits
 
