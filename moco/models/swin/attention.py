@@ -260,9 +260,9 @@ class WindowAttention(nn.Module):
             because the shift follows a window that is changed later.
         num_heads: h.
         attention: ``dot`` scales the dot products of queries and keys by 1 / sqrt(d). ``cosine``
-            scales the cosines by a learned number for each head, at most 100 (`logit_scale`), and
-            keys have no bias: it would turn them, while to dot products of one query it would add
-            the same number. Source: arXiv 2111.09883, section 3.2, equation 2.
+            scales the cosines by a learned number for each head, at most 100 (`logit_scale`). Keys
+            then have no bias, as in the official code, because a bias would change their
+            directions. Source: arXiv 2111.09883, section 3.2, equation 2.
         position_bias: ``table`` is one learned number for each head and offset. It belongs to its
             window, and is resized for another one, which is only an approximation. ``linear_cpb``
             and ``log_cpb`` are 16 * sigmoid of an MLP of the offset (`cpb_mlp`), which sees linear
