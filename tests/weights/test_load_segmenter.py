@@ -83,7 +83,9 @@ def test_what_is_no_image_of_the_model_is_refused(folder, image, said):
 
 
 def test_a_checkpoint_without_a_decoder_names_the_program_that_makes_one(checkpoint):
-    with pytest.raises(InputError, match=r"this one is of another program; python -m moco\.segment makes one"):
+    with pytest.raises(
+        InputError, match=r"this one is of another program; python -m moco\.segment makes one"
+    ):
         moco.load_segmenter(checkpoint)
 
 
