@@ -134,12 +134,8 @@ def ended_warm_process():
 @cache
 def small_training(overrides):
     """The config of `Runner` with these overrides, which is not to be changed."""
-    from hydra import compose, initialize_config_dir
+    from tests.configs import composed
 
-    from moco.config.parsing import CONFIG_DIR, parse, register_schemas
-    from moco.config.train import TrainConfig
-
-    register_schemas()
     small = [
         "+experiment=quickstart",
         "method.queue_size=48",
@@ -152,8 +148,7 @@ def small_training(overrides):
         "evaluation.projector_images=0",
         "trainer.precision=32-true",  # alike on CPUs that are faster in bf16
     ]
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return parse(compose("train", [*small, *overrides]), TrainConfig)
+    return composed("train", *small, *overrides)
 
 
 class Runner:

@@ -14,11 +14,8 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from moco.config.parsing import CONFIG_DIR, parse, register_schemas
-from moco.config.pretrained import EmbedConfig
 from moco.data.augment.views import EvaluationView
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages
@@ -29,6 +26,7 @@ from moco.evaluation.resumable_features import FeatureParts
 from moco.methods.moco import MoCo
 from moco.models.swin.window_change import rewindow
 from moco.weights.load_encoder import load_pretrained
+from tests.configs import composed
 from tests.processes import started, wait_until
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -73,11 +71,8 @@ def checkpoint(tmp_path_factory):
 
 def embed(checkpoint, folder, *overrides):
     """Run the program in this process, and return the arrays that it has written."""
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        given = [f"checkpoint={checkpoint}", f"output={folder / 'f.npz'}", "data.num_workers=0"]
-        config = parse(compose("embed", [*given, *overrides]), EmbedConfig)
-    run(config, folder / "run")
+    given = [f"checkpoint={checkpoint}", f"output={folder / 'f.npz'}", "data.num_workers=0"]
+    run(composed("embed", *given, *overrides), folder / "run")
     with np.load(folder / "f.npz") as file:
         return dict(file)
 

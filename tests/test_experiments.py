@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
 from moco.cli.checks import warn_of_negatives
-from moco.config.parsing import CONFIG_DIR, parse, register_schemas
-from moco.config.train import TrainConfig
+from moco.config.parsing import CONFIG_DIR
+from tests.configs import composed
 from tests.conftest import REPOSITORY, thinned
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -23,9 +22,7 @@ OF_THIS_PROJECT = {
 
 @cache
 def experiment(name):
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return parse(compose("train", [f"+experiment={name}", "data.root=somewhere"]), TrainConfig)
+    return composed("train", f"+experiment={name}", "data.root=somewhere")
 
 
 def header(name):

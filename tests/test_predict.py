@@ -14,15 +14,15 @@ import tifffile
 import torch
 from PIL import Image
 
-from moco.config.predict import PredictConfig
 from moco.data.files.images import header, read_mask
 from moco.errors import InputError, Interrupted
 from moco.predict import run
 from moco.segmentation.mask_files import MaskFolder
+from tests.configs import composed
 from tests.conftest import REPOSITORY, run_program
 from tests.segmentation.fine_tuned import build_random_segmenter, write_run
 from tests.segmentation.shapes import draw_shapes
-from tests.segmentation.test_segment import composed, evaluated
+from tests.segmentation.test_segment import evaluated
 
 CPU = ["accelerator=cpu", "data.num_workers=0"]
 
@@ -48,7 +48,7 @@ def few_images(tmp_path, generator):
 def predict(model, tmp_path, *overrides, output="out"):
     """Run the program in this process. Return the folder of the masks."""
     given = [f"checkpoint={model}", f"output={tmp_path / output}", *CPU, *overrides]
-    run(composed("predict", PredictConfig, *given), tmp_path / "run")
+    run(composed("predict", *given), tmp_path / "run")
     return tmp_path / output
 
 
@@ -525,9 +525,7 @@ def test_without_output_the_masks_are_in_the_run_of_the_model(tmp_path, few_imag
     (model / ".hydra").mkdir()
     (model / ".hydra" / "config.yaml").touch()
     monkeypatch.chdir(tmp_path)
-    config = composed(
-        "predict", PredictConfig, f"checkpoint={model}", f"data.root={few_images}", *CPU
-    )
+    config = composed("predict", f"checkpoint={model}", f"data.root={few_images}", *CPU)
     run(config, tmp_path / "run")
     (folder,) = (model / "predictions").iterdir()
     assert len(list((folder / "masks").rglob("*.png"))) == 10

@@ -9,16 +9,16 @@ from hydra import compose, initialize_config_dir
 
 from moco.config.parsing import (
     CONFIG_DIR,
+    SCHEMAS,
     check_limits,
     keys,
     parse,
     register_schemas,
     unknown_key,
 )
-from moco.config.pretrained import EvaluateConfig
-from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError
+from tests.configs import composed
 from tests.conftest import run_program, thinned
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -27,12 +27,6 @@ OPTIONS = sorted(
     for path in CONFIG_DIR.rglob("*.yaml")
     if path.parent != CONFIG_DIR and path.parent.name not in ("experiment", "launcher")
 )
-
-
-def composed(*overrides, name="train", schema=TrainConfig):
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return parse(compose(name, list(overrides)), schema)
 
 
 def together(groups):
@@ -49,6 +43,24 @@ def together(groups):
     return [[option for option in row if option is not None] for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("program", "overrides"),
+    [
+        ("train", ["+experiment=quickstart", "optimizer=adamw", "trainer.max_steps=3", "seed=4"]),
+        (
+            "segment",
+            ["data.root=/x y", "checkpoint=null", "backbone=resnet18", "class_weights=[1,2]"],
+        ),
+    ],
+)
+def test_the_configs_of_the_tests_are_hydras(program, overrides):
+    register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        expected = parse(compose(program, overrides), SCHEMAS[program])
+    for _ in range(2):
+        assert composed(program, *overrides) == expected
+
+
 PRETRAINING = ("augmentation", "backbone", "data", "method", "optimizer", "trainer")
 
 
@@ -58,7 +70,7 @@ def test_every_option_of_pretraining_composes_and_parses(options):
 
     masked = [f"data={name}" for name in ("segmentation_folder", "voc2012")]
     options = [option for option in options if option not in masked]
-    pair = composed(*options, "evaluation=knn", "data.root=y").augmentation
+    pair = composed("train", *options, "evaluation=knn", "data.root=y").augmentation
     if "augmentation=custom" not in options:
         ViewPair(pair.query, pair.key, pair.mean, pair.std, 32, seed=0)
 
@@ -67,13 +79,13 @@ def test_every_option_of_pretraining_composes_and_parses(options):
     "options", thinned(together(("data", "evaluation")), every=3), ids=" ".join
 )
 def test_every_option_of_an_evaluation_composes_and_parses(options):
-    composed("checkpoint=x", *options, "data.root=y", name="evaluate", schema=EvaluateConfig)
+    composed("evaluate", "checkpoint=x", *options, "data.root=y")
 
 
 @pytest.mark.parametrize("options", together(("decoder", "trainer")), ids=" ".join)
 def test_every_option_of_segmentation_composes_and_parses(options):
     data = "data=voc2012" if "decoder=fpn" in options else "data=segmentation_folder"
-    composed("checkpoint=null", *options, data, "data.root=y", name="segment", schema=SegmentConfig)
+    composed("segment", "checkpoint=null", *options, data, "data.root=y")
 
 
 def test_no_group_of_options_is_forgotten():
@@ -91,7 +103,7 @@ def test_the_sweep_leaves_no_file_out():
 
 def test_densecl_is_moco_v2_with_a_dense_term():
     densecl, v2 = (
-        composed(f"method={name}", "data.root=x").method for name in ("densecl", "moco_v2")
+        composed("train", f"method={name}", "data.root=x").method for name in ("densecl", "moco_v2")
     )
     assert (densecl.dense_weight, densecl.dense_grid, v2.dense_weight) == (0.5, 7, 0)
     assert dataclasses.replace(densecl, dense_weight=0) == v2
@@ -108,7 +120,12 @@ def test_every_method_takes_the_dense_term(method):
 
     queue = ["method.negatives=queue", "method.queue_size=64"] if method == "moco_v3" else []
     config = composed(
-        f"method={method}", "method.dense_weight=0.5", "backbone=resnet18", "data.root=x", *queue
+        "train",
+        f"method={method}",
+        "method.dense_weight=0.5",
+        "backbone=resnet18",
+        "data.root=x",
+        *queue,
     )
     with torch.device("meta"):
         built = build_method(dataclasses.asdict(config))
@@ -124,14 +141,16 @@ def test_a_scaled_learning_rate_is_said_in_one_line(caplog):
     caplog.set_level("INFO")
     small = ["backbone=resnet_tiny", "method=moby", "method.queue_size=8", "data.root=x"]
     method = build_method(
-        dataclasses.asdict(composed(*small, "optimizer=adamw", "data.batch_size=128"))
+        dataclasses.asdict(composed("train", *small, "optimizer=adamw", "data.batch_size=128"))
     )
     assert caplog.messages == [
         "learning rate 0.001 for batch 512, 0.00025 at this run's 128; warm-up from 1.25e-07, end at 1.25e-06"
     ]
     assert method.hparams["optimizer"]["lr"] == 2.5e-4
     caplog.clear()
-    method = build_method(dataclasses.asdict(composed(*small, "optimizer.lr_for_batch_size=null")))
+    method = build_method(
+        dataclasses.asdict(composed("train", *small, "optimizer.lr_for_batch_size=null"))
+    )
     assert not caplog.messages
     assert method.hparams["optimizer"]["lr"] == 0.03
 
@@ -139,13 +158,13 @@ def test_a_scaled_learning_rate_is_said_in_one_line(caplog):
 def test_sgds_learning_rate_is_for_batch_256_as_the_official_readme_gives_it():
     from moco.training.schedules import scaled_to_batch
 
-    optimizer = dataclasses.asdict(composed("data.root=x").optimizer)
+    optimizer = dataclasses.asdict(composed("train", "data.root=x").optimizer)
     assert scaled_to_batch(optimizer, 128)["lr"] == 0.015
 
 
 def test_a_key_overridden_in_the_query_view_reaches_a_key_view_that_refers_to_it():
     config = composed(
-        "augmentation=moco_v2", "augmentation.query.color_jitter.hue=0.3", "data.root=x"
+        "train", "augmentation=moco_v2", "augmentation.query.color_jitter.hue=0.3", "data.root=x"
     )
     assert config.augmentation.key["color_jitter"]["hue"] == 0.3
 
@@ -170,7 +189,7 @@ def test_a_key_overridden_in_the_query_view_reaches_a_key_view_that_refers_to_it
     ],
 )
 def test_values_out_of_range_are_named(key, value, expected):
-    config = composed("+experiment=quickstart")
+    config = composed("train", "+experiment=quickstart")
     group, name = key.split(".")
     setattr(getattr(config, group), name, value)
     with pytest.raises(InputError) as error:
@@ -299,7 +318,7 @@ def test_what_only_the_data_show_is_found_before_the_run_folder_is_touched(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError) as error:
-        run(composed("+experiment=quickstart", *overrides), tmp_path)
+        run(composed("train", "+experiment=quickstart", *overrides), tmp_path)
     assert str(error.value).startswith(expected)
     assert not list(tmp_path.iterdir())
 

@@ -15,11 +15,8 @@ from moco.cli.preset_choice import (
     with_kind_of_data,
     with_preset,
 )
-from moco.config.pack import PackConfig
-from moco.config.parsing import parse
-from moco.config.stats import StatsConfig
-from moco.config.train import PreviewConfig, TrainConfig
-from tests.cli.test_config import composed as parsed_config
+from moco.config.parsing import SCHEMAS, parse
+from tests.configs import composed
 
 
 def chosen(overrides, folder, number, monkeypatch, side=224, program="train"):
@@ -27,10 +24,9 @@ def chosen(overrides, folder, number, monkeypatch, side=224, program="train"):
     source = SimpleNamespace(train=range(number), image_size=side)
     monkeypatch.setattr(build_pretraining, "listed_source", lambda *_, **__: source)
     monkeypatch.setattr(preset_choice, "check_pretraining", lambda *_: None)
-    schema = {"train": TrainConfig, "preview": PreviewConfig}[program]
-    config = parsed_config(*overrides, name=program, schema=schema)
+    config = composed(program, *overrides)
     whole, files = with_preset(program, {}, config, overrides, folder)
-    return (parse(whole, schema) if files else None), files
+    return (parse(whole, SCHEMAS[program]) if files else None), files
 
 
 @pytest.mark.parametrize(
@@ -67,7 +63,7 @@ def test_a_run_from_python_is_in_the_folder_of_its_preset(tmp_path, monkeypatch)
 def test_what_the_user_chooses_wins_key_by_key(tmp_path, monkeypatch):
     overrides = ["data.root=pics", "method=moco_v3", "optimizer.lr=0.5", "data.batch_size=32"]
     config, _ = chosen(overrides, tmp_path, 5_000, monkeypatch)
-    assert config.method == parsed_config("method=moco_v3", "data.root=x").method
+    assert config.method == composed("train", "method=moco_v3", "data.root=x").method
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (0.5, 5e-4)
     assert (config.data.batch_size, config.trainer.max_epochs) == (32, 800)
     assert config.backbone.name == "resnet18"
@@ -122,14 +118,14 @@ def test_small_images_keep_their_size(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", ["small", "medium", "large"])
 def test_every_line_of_a_preset_is_an_override(size):
     lines = preset_overrides(Preset("image_folder", size, 10**6, 224), set())
-    whole = parsed_config(f"+experiment=own_images_{size}", "data=image_folder", "data.root=x")
-    assert parsed_config(*lines, "data.root=x") == whole
+    whole = composed("train", f"+experiment=own_images_{size}", "data=image_folder", "data.root=x")
+    assert composed("train", *lines, "data.root=x") == whole
 
 
-@pytest.mark.parametrize(("program", "schema"), [("pack", PackConfig), ("stats", StatsConfig)])
-def test_other_programs_find_the_same_kind_of_data(program, schema, tmp_path):
+@pytest.mark.parametrize("program", ["pack", "stats"])
+def test_other_programs_find_the_same_kind_of_data(program, tmp_path):
     def kind(*overrides):
-        config = parsed_config(*overrides, name=program, schema=schema)
+        config = composed(program, *overrides)
         whole = with_kind_of_data(program, None, config, overrides)
         return None if whole is None else whole.data.name
 

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
 from moco.cli.build_pretraining import build_data, build_method
-from moco.config.parsing import CONFIG_DIR, parse, register_schemas
-from moco.config.train import TrainConfig
+from moco.config.parsing import CONFIG_DIR
 from moco.errors import InputError
 from moco.methods.batch_norm import split_batch_norm
 from moco.methods.momentum import key_momentum_at
 from moco.models.encoder import BATCH_NORMS, Encoded
 from moco.models.heads import Cells
 from moco.training.distributed.collectives import all_gather
+from tests.configs import composed
 from tests.methods.test_losses import dense_reference, in_batch_reference, reference
 from tests.processes import on_two
 
@@ -35,12 +35,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-def composed(name, *overrides):
+def run_of(name, *overrides):
     """A small run of the method, its queues of 48 keys."""
     size = ["method.queue_size=48"] if name != "moco_v3" else []
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return parse(compose("train", [f"method={name}", *SMALL, *size, *overrides]), TrainConfig)
+    return composed("train", f"method={name}", *SMALL, *size, *overrides)
 
 
 def built(config):
@@ -95,10 +93,10 @@ def test_methods_have_the_numbers_of_their_papers(name):
     expected["projector"] = HEAD | expected["projector"]
     expected["predictor"] = HEAD | expected.get("predictor", {"num_layers": 0})
     size = "null" if expected["queue_size"] is None else expected["queue_size"]
-    assert dataclasses.asdict(composed(name, f"method.queue_size={size}").method) == expected
+    assert dataclasses.asdict(run_of(name, f"method.queue_size={size}").method) == expected
     with initialize_config_dir(
         str(CONFIG_DIR), version_base="1.3"
-    ):  # the number that `composed` replaces
+    ):  # the number that `run_of` replaces
         assert (
             compose("train", [f"method={name}", "data=digits"]).method.queue_size
             == expected["queue_size"]
@@ -164,7 +162,7 @@ def step_on(method, queries, keys):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("temperature", [None, 0.15], ids=["", "another T"])
 def test_loss_and_gradients_equal_the_papers(name, temperature):
-    config = composed(
+    config = run_of(
         name,
         "backbone=resnet_tiny",
         *([f"method.temperature={temperature}"] if temperature else []),
@@ -219,7 +217,7 @@ def dense_step(method, width, temperature):
 def test_loss_of_chance_is_the_loss_when_all_embeddings_are_equal(
     name, overrides, num_negatives, expected
 ):
-    method = built(composed(name, "backbone=resnet_tiny", *overrides))
+    method = built(run_of(name, "backbone=resnet_tiny", *overrides))
     assert method.loss_of_chance(num_negatives) == pytest.approx(expected, rel=1e-6)
     same = F.normalize(torch.ones(32, method.hparams["embedding_dim"]), dim=1)
     for queue in method.queues:
@@ -458,7 +456,7 @@ def moco_v3_step(encode, queues, first, second):
 )
 def test_keys_come_in_the_order_of_the_official_codes(name, overrides, official_step):
     narrow = ["method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"]
-    method = built(composed(name, "backbone=resnet_tiny", *narrow, *overrides)).train()
+    method = built(run_of(name, "backbone=resnet_tiny", *narrow, *overrides)).train()
     encoder = copy.deepcopy(method.key_encoder)
 
     @torch.no_grad()
@@ -548,7 +546,7 @@ def test_three_steps_equal_a_plain_loop_in_the_official_order(name, overrides, r
     monkeypatch.setattr(
         torch.Tensor, "float", torch.Tensor.double
     )  # what is done in fp32 whatever the precision
-    config, watch = composed(name, *overrides), Watch()
+    config, watch = run_of(name, *overrides), Watch()
     expected = plain_loop(built(config), config)
     method = runner.fit(config, [watch], precision="64-true")
     query_encoder, key_encoder, predictor, queues, losses, rates = expected
@@ -587,7 +585,7 @@ def test_the_key_encoder_of_each_step_is_the_official_one_to_the_last_bit(runner
                 key.lerp_(query, 1 - momentum)
             equal.append(all(map(torch.equal, weights(pl_module.key_encoder), official)))
 
-    runner.fit(composed("moco_v3", *SGD, *NARROW, "trainer.max_steps=4"), [Compare()])
+    runner.fit(run_of("moco_v3", *SGD, *NARROW, "trainer.max_steps=4"), [Compare()])
     assert equal == [True] * 4
 
 
@@ -615,10 +613,10 @@ def passes(method, *paths):
 @pytest.mark.slow
 def test_each_encoder_takes_both_views_in_one_pass_unless_it_has_batch_norm(name):
     stems = ["query_encoder.backbone.conv1", "key_encoder.backbone.conv1"]
-    apart = [8, 8] if composed(name).method.symmetric else [8]
-    assert passes(built(composed(name, "backbone=resnet_tiny")), *stems) == [apart, apart]
+    apart = [8, 8] if run_of(name).method.symmetric else [8]
+    assert passes(built(run_of(name, "backbone=resnet_tiny")), *stems) == [apart, apart]
     together = [sum(apart)]
-    method = built(composed(name, "backbone=swin_v2_tiny_patch2"))
+    method = built(run_of(name, "backbone=swin_v2_tiny_patch2"))
     (stem,) = [
         path
         for path, layer in method.query_encoder.backbone.named_modules()
@@ -632,7 +630,7 @@ def test_each_encoder_takes_both_views_in_one_pass_unless_it_has_batch_norm(name
 
 def test_views_that_go_through_together_come_out_apart():
     method = built(
-        composed("moco_v2_plus", "backbone=swin_v2_tiny_patch2", "method.dense_weight=0.5")
+        run_of("moco_v2_plus", "backbone=swin_v2_tiny_patch2", "method.dense_weight=0.5")
     ).train()
     views = list(torch.randn(2, 8, 3, 16, 16))
     for ours, view in zip(method.query_encoder.embed(views), views, strict=True):
@@ -654,7 +652,7 @@ def on_half_a_batch(rank):
         "backbone.stochastic_depth=0",
         "method.temperature=0.2",
     ]
-    method = built(composed("moco_v3", *backbone, *heads)).double().train()
+    method = built(run_of("moco_v3", *backbone, *heads)).double().train()
     for parameter in method.key_encoder.parameters():
         parameter += torch.randn_like(parameter) / 10
     views = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64)
@@ -700,6 +698,6 @@ def test_in_batch_loss_and_gradients_of_two_processes_are_those_of_one_with_the_
 )  # fmt: skip
 def test_switches_that_contradict_each_other_are_named(name, overrides, expected):
     with pytest.raises(InputError) as error:
-        built(composed(name, "backbone=resnet_tiny", *overrides))
+        built(run_of(name, "backbone=resnet_tiny", *overrides))
     assert str(error.value).startswith(expected)
     assert "\n" not in str(error.value)

@@ -8,12 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import nn
 
 import moco
-from moco.cli.run_names import register_resolvers
-from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schemas
 from moco.config.pretrained import data_settings
 from moco.errors import InputError
 from moco.methods.moco import MoCo
@@ -23,6 +20,7 @@ from moco.models.timm_backbone import TimmBackbone
 from moco.weights.backbone_files import write_backbone_file
 from moco.weights.exporting import export_content, loading_lines
 from moco.weights.init_from import start_from
+from tests.configs import composed
 from tests.conftest import REPOSITORY
 from tests.weights.test_export import write_checkpoint
 
@@ -258,13 +256,6 @@ def test_a_checkpoint_names_a_function_that_is_imported_only_if_the_user_names_i
     for allowed in ({"target": "my_nets:Net"}, {"trust_targets": True}):
         encoder = moco.load_encoder(path, **allowed)
         assert encoder.encode(torch.randn(2, 3, 32, 32)).shape == (2, 8)
-
-
-def composed(program, *overrides):
-    register_schemas()
-    register_resolvers()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return parse(compose(program, list(overrides)), SCHEMAS[program])
 
 
 @pytest.mark.parametrize(

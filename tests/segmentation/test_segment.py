@@ -12,15 +12,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from moco.cli.build_segmentation import build_data, build_segmenter
 from moco.cli.starting_backbone import find_backbone
 from moco.cli.starting_decoder import find_decoder
-from moco.config.parsing import CONFIG_DIR, parse, register_schemas
-from moco.config.segment import SegmentConfig
-from moco.config.train import TrainConfig
 from moco.errors import InputError, Interrupted
 from moco.models.swin.window_change import rewindow
 from moco.segment import run
@@ -29,6 +25,7 @@ from moco.segmentation.segmenter import Segmenter
 from moco.training.board_layout import tag_of
 from moco.training.random_states import random_states
 from moco.weights.load_encoder import load_pretrained
+from tests.configs import composed
 from tests.conftest import run_program, thinned
 from tests.segmentation.shapes import draw_shapes, save
 from tests.segmentation.test_decoders import hide_segmentation_models
@@ -47,15 +44,8 @@ SMALL = [
 FROM_SCRATCH = ["checkpoint=null", "backbone=resnet_tiny"]
 
 
-def composed(name, schema, *overrides):
-    """The config of a program, as its command line would give it."""
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return parse(compose(name, list(overrides)), schema)
-
-
 def config_of(root, *overrides):
-    return composed("segment", SegmentConfig, *SMALL, f"data.root={root}", *overrides)
+    return composed("segment", *SMALL, f"data.root={root}", *overrides)
 
 
 def pretraining_checkpoint(path, *overrides):
@@ -64,7 +54,6 @@ def pretraining_checkpoint(path, *overrides):
 
     config = composed(
         "train",
-        TrainConfig,
         "+experiment=quickstart",
         "method.queue_size=48",
         "data.image_size=32",
@@ -706,11 +695,10 @@ def test_the_program_sweeps_and_a_mistake_is_one_line_and_exit_code_2(shapes, tm
 
 def evaluated(path, folder, *overrides):
     """The figures of `moco.evaluate evaluation=segmentation`."""
-    from moco.config.pretrained import EvaluateConfig
     from moco.evaluate import run as evaluate
 
     overrides = [f"checkpoint={path}", "evaluation=segmentation", *overrides]
-    evaluate(composed("evaluate", EvaluateConfig, *overrides, "accelerator=cpu"), folder)
+    evaluate(composed("evaluate", *overrides, "accelerator=cpu"), folder)
     return figures_in(folder)
 
 

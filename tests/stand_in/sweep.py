@@ -29,14 +29,13 @@ from moco import evaluate, segment, train
 from moco.cli import pretraining
 from moco.config.data import EvaluateDataConfig
 from moco.config.pretrained import EvaluateConfig, EvaluationConfig
-from moco.config.segment import SegmentConfig
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.momentum import update_key_encoder
 from moco.models.swin.attention import WindowAttention
 from moco.training.distributed import collectives as distributed
+from tests.configs import composed
 from tests.conftest import Runner
 from tests.segmentation.shapes import draw_shapes
-from tests.segmentation.test_segment import composed
 from tests.stand_in.gpu import StandInGPU
 
 METHODS = {
@@ -171,7 +170,7 @@ def segmented(gpu, folder, overrides):
         "trainer.max_epochs=1",
         "checkpoint=null",
     ]
-    config = composed("segment", SegmentConfig, *small, f"data.root={root}", *overrides)
+    config = composed("segment", *small, f"data.root={root}", *overrides)
     segment.run(config, folder / "segment")
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.momentum import update_key_encoder
-from tests.methods.test_family import composed, plain_encode, plain_info_nce, plain_update
+from tests.methods.test_family import plain_encode, plain_info_nce, plain_update, run_of
 from tests.processes import on_two
 
 SWIN = ["backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0"]
@@ -190,7 +190,7 @@ def compare_steps(rank, cases):
     from moco.training.distributed.collectives import all_gather
 
     for name, overrides in cases:
-        config = composed(name, "data.batch_size=8", "method.batch_norm=auto", *overrides)
+        config = run_of(name, "data.batch_size=8", "method.batch_norm=auto", *overrides)
         torch.manual_seed(0)
         method = built_in_double(config)
         method.install_batch_norm(

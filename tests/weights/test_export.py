@@ -7,10 +7,8 @@ import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from moco.config.data import EvaluateDataConfig
-from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import (
     EvaluateConfig,
     EvaluationConfig,
@@ -24,6 +22,7 @@ from moco.models.backbones import build_backbone
 from moco.models.swin.window_change import rewindow
 from moco.weights.exporting import deviation, export_content, loading_lines
 from moco.weights.load_encoder import load_pretrained
+from tests.configs import composed
 from tests.conftest import run_program
 
 SMALL_SWIN = ["backbone=swin_v2_tiny_patch2", "data=synthetic", "data.image_size=32"]
@@ -401,15 +400,9 @@ def test_without_safetensors_the_way_out_is_named(exported, monkeypatch):
         assert str(error.value) == f"safetensors is not installed: {install_command('export')}"
 
 
-def composed(*overrides):
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return parse(compose("export", list(overrides)), ExportConfig)
-
-
 def test_the_config_composes_and_names_what_is_missing():
     config = composed(
-        "checkpoint=x", "format=timm", "output=y.pth", "backbone.window_size=[18,18,18,9]"
+        "export", "checkpoint=x", "format=timm", "output=y.pth", "backbone.window_size=[18,18,18,9]"
     )
     assert (config.encoder, config.backbone.window_size) == ("query", [18, 18, 18, 9])
     for given, expected in (
@@ -422,7 +415,7 @@ def test_the_config_composes_and_names_what_is_missing():
         ),
     ):
         with pytest.raises(InputError) as error:
-            composed(*given)
+            composed("export", *given)
         assert str(error.value) == expected
 
 

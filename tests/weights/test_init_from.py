@@ -10,14 +10,14 @@ import torch
 
 from moco import train
 from moco.cli import build_pretraining
-from moco.config.train import TrainConfig
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.models.backbones import build_backbone
 from moco.runs.checkpoint_files import read_checkpoint
 from moco.weights.init_from import start_from
 from moco.weights.load_encoder import load_pretrained
-from tests.segmentation.test_segment import composed, pretraining_checkpoint
+from tests.configs import composed
+from tests.segmentation.test_segment import pretraining_checkpoint
 from tests.weights.projects import (
     EMBEDDING_DIM,
     PADS_OTHERWISE,
@@ -262,7 +262,7 @@ def moby_config(hidden_dim):
 
 
 def composed_method(*overrides):
-    config = composed("train", TrainConfig, "+experiment=quickstart", *overrides)
+    config = composed("train", "+experiment=quickstart", *overrides)
     return method_of(config)
 
 
@@ -318,7 +318,7 @@ def test_init_from_is_read_by_a_new_run_and_not_by_one_that_continues(tmp_path, 
     model = randomised(build_backbone("resnet_tiny", stem="cifar"))
     path = tmp_path / "x.pth"
     torch.save({"state_dict": prefixed(model.state_dict(), "module.backbone.")}, path)
-    config = composed("train", TrainConfig, *SHORT, f"init_from={path}")
+    config = composed("train", *SHORT, f"init_from={path}")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     train.run(config, tmp_path / "run")
     assert f"init_from={path}: backbone alone; loaded: backbone (72)" in caplog.messages

@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from moco import evaluate
-from moco.config.pretrained import EvaluateConfig
-from moco.config.train import TrainConfig
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.runs.checkpoint_files import read_checkpoint
@@ -16,7 +14,8 @@ from moco.weights.backbone_files import BACKBONE_PARTS, write_backbone_file
 from moco.weights.exporting import export_content
 from moco.weights.init_from import start_from
 from moco.weights.load_encoder import load_pretrained
-from tests.segmentation.test_segment import composed, pretraining_checkpoint
+from tests.configs import composed
+from tests.segmentation.test_segment import pretraining_checkpoint
 from tests.weights.projects import refused
 from tests.weights.test_init_from import method_of
 
@@ -169,7 +168,7 @@ def test_the_feature_of_a_backbone_alone_is_measured_where_the_run_measured_embe
 
 def figures_of(folder, *overrides):
     given = [*overrides, "accelerator=cpu", "evaluation.num_neighbors=5", "evaluation.plots=false"]
-    config = composed("evaluate", EvaluateConfig, *given)
+    config = composed("evaluate", *given)
     evaluate.run(config, folder)
     return json.loads((folder / "metrics.json").read_text())
 
@@ -195,7 +194,7 @@ def test_the_backbone_alone_measures_as_the_checkpoint(ours, tmp_path):
 
 def test_a_run_does_not_start_from_weights_of_other_windows(ours):
     overrides = ["+experiment=quickstart", *SWIN, "backbone.window_size=8"]
-    config = composed("train", TrainConfig, *overrides)
+    config = composed("train", *overrides)
     with pytest.raises(InputError) as error:
         start_from(method_of(config), str(ours / "last.ckpt"))
     assert str(error.value) == (

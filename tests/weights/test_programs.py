@@ -8,11 +8,10 @@ from PIL import Image
 
 from moco import embed, export
 from moco.cli.starting_backbone import find_backbone
-from moco.config.pretrained import EmbedConfig, ExportConfig
-from moco.config.segment import SegmentConfig
+from moco.config.pretrained import ExportConfig
 from moco.errors import InputError
 from moco.weights.load_encoder import load_pretrained
-from tests.segmentation.test_segment import composed
+from tests.configs import composed
 from tests.weights.projects import as_moby_saves, moby, moco_v2
 
 
@@ -31,7 +30,7 @@ def embedded(tmp_path, *overrides):
     """Return the features that moco.embed writes, and the names of their images."""
     output = tmp_path / "x.npz"
     given = [*overrides, f"output={output}", "accelerator=cpu"]
-    embed.run(composed("embed", EmbedConfig, *given), tmp_path / "run")
+    embed.run(composed("embed", *given), tmp_path / "run")
     with np.load(output) as file:
         return file["features"], file["names"]
 
@@ -82,11 +81,11 @@ def test_other_projects_weights_start_a_segmentation(official):
     path, model = official
     given = [f"checkpoint={path}", "data.root=nowhere"]
     with pytest.raises(InputError) as error:
-        find_backbone(composed("segment", SegmentConfig, *given))
+        find_backbone(composed("segment", *given))
     message = f"image_size: missing; {path} does not say it, give image_size=PIXELS"
     assert str(error.value) == message
 
-    start = find_backbone(composed("segment", SegmentConfig, *given, "image_size=64"))
+    start = find_backbone(composed("segment", *given, "image_size=64"))
     assert (start.settings["name"], start.image_size, start.mean[0]) == ("resnet18", 64, 0.485)
     weights = model.state_dict()
     for name, tensor in start.backbone.state_dict().items():
@@ -97,7 +96,7 @@ def exported(path, tmp_path, *overrides):
     """Export a file to torchvision and return the new file's weights."""
     output = tmp_path / "x.pth"
     given = [f"checkpoint={path}", "format=torchvision", f"output={output}", *overrides]
-    export.run(composed("export", ExportConfig, *given), tmp_path / "run")
+    export.run(composed("export", *given), tmp_path / "run")
     return torch.load(output, weights_only=True)
 
 

@@ -9,23 +9,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from moco import pack
-from moco.config.pack import PackConfig
-from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.data.packing import Pool, resized_size
 from moco.data.sources.registry import build_source
 from moco.errors import InputError
+from tests.configs import composed
 
 
 def run(folder, *overrides):
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = parse(
-            compose("pack", [f"output={folder / 'copy'}", "num_workers=0", *overrides]), PackConfig
-        )
+    config = composed("pack", f"output={folder / 'copy'}", "num_workers=0", *overrides)
     pack.run(config, folder / "run")
     return folder / "copy"
 
