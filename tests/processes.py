@@ -11,11 +11,11 @@ A test that needs a running program takes the fixture `start_program`:
 A fixture of a module takes the context manager `started`, with the same arguments. `run_to_end`
 starts a program and waits for its end. `on_two` calls a function in two connected processes, which
 are started once per session.
+
+As a program, ``python -m tests.processes SOCKET RANK`` is one of these two.
 """
 
 import contextlib
-import ctypes
-import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
@@ -26,7 +26,9 @@ import tempfile
 import time
 import traceback
 from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
+from socket import AF_UNIX, socket
 
 import pytest
 
@@ -208,16 +210,23 @@ class TwoProcesses:
     """Two processes that wait for work. They end with this process, however it ends."""
 
     def __init__(self):
-        context = multiprocessing.get_context("spawn")
-        self.processes = []
+        from tests.conftest import REPOSITORY
+        from tests.warm_start import start_warm
+
+        environment = program_environment({})
+        self.pids = []
         self.connections = []
-        for rank in range(2):
-            ours, its = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, its, os.getpid()), daemon=True)
-            process.start()
-            its.close()
-            self.processes.append(process)
-            self.connections.append(ours)
+        with tempfile.TemporaryDirectory() as folder, socket(AF_UNIX) as listener:
+            address = f"{folder}/socket"
+            listener.bind(address)
+            listener.listen()
+            listener.settimeout(PATIENCE)
+            for rank in range(2):
+                arguments = [address, str(rank)]
+                self.pids.append(start_warm("tests.processes", arguments, REPOSITORY, environment))
+                accepted, _ = listener.accept()
+                accepted.setblocking(True)
+                self.connections.append(Connection(accepted.detach()))
 
     def run(self, work, arguments):
         """Call ``work(*arguments)`` in both; return the traceback of the first failure, or None."""
@@ -245,13 +254,15 @@ class TwoProcesses:
         return None
 
     def are_alive(self):
-        return all(process.is_alive() for process in self.processes)
+        """Whether both wait for work. The connection of one that has ended is ready to be read."""
+        return not multiprocessing.connection.wait(self.connections, timeout=0)
 
     def end(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
-        for connection in self.connections:
+        for pid, connection in zip(self.pids, self.connections, strict=True):
+            # The connection of one that has ended can be read, and its id may be another's by now.
+            if not connection.poll():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             connection.close()
 
 
@@ -305,14 +316,10 @@ def _received(connection):
         return "one of the two processes has ended"
 
 
-def _serve(rank, connection, parent):
+def _serve(rank, connection):
     """Do the work that comes through the connection until its other end is closed."""
     import torch
 
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end this process
     torch.set_num_threads(1)
     while True:
@@ -328,3 +335,11 @@ def _serve(rank, connection, parent):
         except BaseException:
             failure = f"rank {rank}:\n{traceback.format_exc()}"
         connection.send(failure)
+
+
+if __name__ == "__main__":
+    from tests import processes  # the name under which the work knows this module
+
+    with socket(AF_UNIX) as client:
+        client.connect(sys.argv[1])
+        processes._serve(int(sys.argv[2]), Connection(client.detach()))

@@ -3,6 +3,7 @@
 `run_warm` does what ``python -m MODULE`` does, without the seconds of imports. A process that has
 imported the libraries waits; for each program it forks, and the fork becomes the program. Tests of
 imports, of start-up times and of variables that Python reads at its start use `run_to_end`.
+`start_warm` starts a program in the same way and does not wait for its end.
 """
 
 import atexit
@@ -59,8 +60,7 @@ class WarmProcess:
         command = [sys.executable, "-m", module, *arguments]
         with tempfile.NamedTemporaryFile() as output, tempfile.NamedTemporaryFile() as errors:
             files = output.name, errors.name
-            self.connection.send((module, arguments, str(cwd), environment, *files))
-            pid = self.connection.recv()
+            pid = self.start(module, arguments, cwd, environment, *files, wait=True)
             if not self.connection.poll(timeout):
                 with suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
@@ -71,6 +71,11 @@ class WarmProcess:
                 os.killpg(pid, signal.SIGKILL)
             texts = [file.read().decode(errors="replace") for file in (output, errors)]
         return subprocess.CompletedProcess(command, code, *texts)
+
+    def start(self, module, arguments, cwd, environment, output, errors, wait):
+        """Return the id of the program's process; with `wait`, its exit code is sent later."""
+        self.connection.send((wait, (module, arguments, str(cwd), environment, output, errors)))
+        return self.connection.recv()
 
     def end(self):
         self.connection.close()
@@ -90,16 +95,32 @@ def run_warm(module, arguments, cwd, environment, timeout):
         environment: all variables of the program.
         timeout: seconds after which the test fails.
     """
-    global _warm
-    if _warm is None:
-        _warm = WarmProcess(environment)
+    warm = warm_process(environment)
     done = None
     try:
-        done = _warm.run(module, arguments, cwd, environment, timeout)
+        done = warm.run(module, arguments, cwd, environment, timeout)
     finally:
         if done is None:  # its next answer would be about this program
             end_warm_process()
     return done
+
+
+def start_warm(module, arguments, cwd, environment):
+    """Start ``python -m module arguments``, and return the id of its process.
+
+    It ends with this test process at the latest. What it writes is thrown away. Its id stays its
+    own, because the waiting process does not ask for its exit code.
+    """
+    warm = warm_process(environment)
+    return warm.start(module, arguments, cwd, environment, os.devnull, os.devnull, wait=False)
+
+
+def warm_process(environment):
+    """Return the waiting process, which is started when it is first needed."""
+    global _warm
+    if _warm is None:
+        _warm = WarmProcess(environment)
+    return _warm
 
 
 def end_warm_process():
@@ -111,16 +132,18 @@ def end_warm_process():
 
 
 def serve(connection):
-    """Answer requests until the other end closes; return one of them in each forked process."""
+    """Answer requests until the other end closes; in each forked process, return its program."""
     while True:
         try:
-            request = connection.recv()
+            wait, program = connection.recv()
         except EOFError:
             return None
         pid = os.fork()
         if pid == 0:
-            return request
+            return program
         connection.send(pid)
+        if not wait:
+            continue
         _, status = os.waitpid(pid, 0)
         connection.send(os.waitstatus_to_exitcode(status))
 
@@ -196,10 +219,10 @@ def main():
         return
     import_libraries()
     connection = Connection(int(sys.argv[1]))
-    request = serve(connection)
-    if request is not None:
+    program = serve(connection)
+    if program is not None:
         connection.close()
-        become(*request)
+        become(*program)
 
 
 if __name__ == "__main__":
