@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from moco.errors import encodable
@@ -30,11 +29,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Compute with one thread, also in fixtures of a module: sums depend on the number of threads."""
+    import torch  # the process that xdist's test processes wait for would import it, too
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
+    import torch
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
@@ -71,6 +74,8 @@ def image_tree(tmp_path, generator):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A checkpoint of untrained encoders where a run has it, without the rest of a run folder; not to be changed."""
+    import torch
+
     from tests.weights.test_export import write_checkpoint
 
     path = tmp_path_factory.mktemp("made") / "checkpoints" / "last.ckpt"
@@ -163,6 +168,8 @@ class Runner:
 
     def method(self, config):
         import dataclasses
+
+        import torch
 
         from moco.cli.build_pretraining import build_method
 

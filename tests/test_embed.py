@@ -239,6 +239,7 @@ def test_a_disk_that_is_full_when_the_files_are_made_is_one_line_and_no_feature_
     assert bytes_of(tmp_path) == straight
 
 
+@pytest.mark.slow
 def test_where_the_disk_is_read_only_another_folder_is_the_remedy(checkpoint, tmp_path):
     gone = OSError(errno.EROFS, os.strerror(errno.EROFS))
     with pytest.MonkeyPatch.context() as patch:
@@ -382,6 +383,7 @@ def test_too_many_unreadable_images_end_the_run_early_and_a_higher_limit_goes_on
     ]
 
 
+@pytest.mark.slow
 def test_features_that_are_not_finite_name_their_images(checkpoint, tmp_path):
     state = torch.load(checkpoint)
     state["state_dict"]["query_encoder.backbone.norm.bias"][0] = float("nan")

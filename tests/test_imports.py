@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -92,6 +93,7 @@ def module_name(path):
 NAMES = {module_name(path) for path in MODULES}
 
 
+@cache
 def imports(path):
     """Return the names of all modules that a file imports, also inside functions."""
     found = []

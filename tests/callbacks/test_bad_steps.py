@@ -289,6 +289,7 @@ def test_a_step_skipped_on_the_device_leaves_the_same_behind_as_one_that_is_wait
         assert torch.equal(ours[name], value), name
 
 
+@pytest.mark.slow
 def test_bad_steps_on_the_device_are_told_of_when_figures_are_logged(
     runner, monkeypatch, caplog, decided_on_device
 ):
@@ -366,6 +367,7 @@ def test_too_many_in_a_row_end_the_run_with_step_loss_causes_and_checkpoint(runn
     assert str(error.value).endswith("; the last good checkpoint is X")
 
 
+@pytest.mark.slow
 def test_shorter_streaks_are_warned_of_once_each_and_do_not_add_up(runner, monkeypatch, caplog):
     figures = {}
     config = runner.config("trainer.max_steps=7")

@@ -17,6 +17,7 @@ from moco.cli.preset_choice import (
 )
 from moco.config.parsing import SCHEMAS, parse
 from tests.configs import composed
+from tests.conftest import thinned
 
 
 def chosen(overrides, folder, number, monkeypatch, side=224, program="train"):
@@ -84,6 +85,7 @@ def test_nothing_is_picked_where_there_is_nothing_to_pick(overrides, tmp_path, m
     assert chosen(overrides, tmp_path, 100, monkeypatch) == (None, {})
 
 
+@pytest.mark.slow
 def test_a_preview_shows_the_same_choice(tmp_path, monkeypatch):
     config, _ = chosen(["data.root=pics"], tmp_path, 100, monkeypatch)
     preview, _ = chosen(["data.root=pics"], tmp_path, 100, monkeypatch, program="preview")
@@ -115,7 +117,7 @@ def test_small_images_keep_their_size(tmp_path, monkeypatch):
     assert yaml.safe_load(files[PRESET_FILE])["data"] == "npz"
 
 
-@pytest.mark.parametrize("size", ["small", "medium", "large"])
+@pytest.mark.parametrize("size", thinned(["large", "small", "medium"], every=3))
 def test_every_line_of_a_preset_is_an_override(size):
     lines = preset_overrides(Preset("image_folder", size, 10**6, 224), set())
     whole = composed("train", f"+experiment=own_images_{size}", "data=image_folder", "data.root=x")

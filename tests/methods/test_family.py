@@ -530,7 +530,7 @@ NARROW = ["method.projector.hidden_dim=64", "method.predictor.hidden_dim=64"]
                 "method.predictor.last_batch_norm=true",
             ],
         ),
-        ("moby", [*ADAMW, *NARROW]),
+        slow("moby", [*ADAMW, *NARROW]),
         slow("densecl", SGD),
         slow("moco_v1", [*SGD, "method.batch_norm=plain", ACCUMULATED]),
         slow("moco_v3", [*SGD, *NARROW, ACCUMULATED]),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import moco.methods.moco
 from moco.errors import InputError
+from tests.conftest import thinned
 
 
 class Losses(pl.Callback):
@@ -119,7 +120,9 @@ def test_a_positive_is_never_among_its_own_negatives(runner, contrasted):
             assert (key @ negatives.T).max() < 1.0 - 1e-6
 
 
-@pytest.mark.parametrize("settings", [[], ["method.queue_start=random"], ["method.num_queues=2"]])
+@pytest.mark.parametrize(
+    "settings", thinned([["method.num_queues=2"], [], ["method.queue_start=random"]], every=3)
+)
 def test_monitors_get_the_negatives_of_the_last_loss(settings, runner, contrasted):
     given = []
 

@@ -404,7 +404,7 @@ def segmenter_of(config):
     return build_segmenter(config, start, find_decoder(config, start), class_names)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_backbone_is_the_checkpoints_in_new_windows(version, shapes, swin, tmp_path):
     if version == 1:
         overrides = ["backbone=swin_tiny_patch2", "backbone.stochastic_depth=0.1"]

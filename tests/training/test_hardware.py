@@ -243,6 +243,7 @@ def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(
             assert (ours - theirs).norm() < 0.02 * (theirs - halfway[name]).norm(), name
 
 
+@pytest.mark.slow
 def test_bf16_trains_on_a_cpu_with_the_loss_and_statistics_in_fp32(runner):
     losses, fp32 = Losses(), Losses()
     method = runner.fit(runner.config(*PLAIN), [losses], precision="bf16-mixed")

@@ -157,6 +157,7 @@ def test_what_official_releases_lack_is_made_and_logged(start):
     ]
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_fit_are_made_and_logged(start):
     """With v1's head, only the backbones are of use."""
     content, query, key = moco_v1()
@@ -223,6 +224,7 @@ def test_mobys_two_queues_hold_the_views_that_they_are_for(start):
     assert len(started.logged) == 1
 
 
+@pytest.mark.slow
 def test_the_dense_parts_are_loaded(start):
     content, query, _ = densecl()
     method, _, logged = start(content, dense_weight=0.5, hidden_dim=32)
@@ -287,6 +289,7 @@ def test_the_groups_of_another_dataset_are_not_loaded_with_its_keys(tmp_path):
     assert (method.queue.groups == -1).all()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_checkpoint_of_ours_without_the_part_that_differs(tmp_path):
     path = pretraining_checkpoint(tmp_path / "last.ckpt", *moby_config(hidden_dim=32))
     state = read_checkpoint(path)["state_dict"]
