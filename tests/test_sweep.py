@@ -260,6 +260,7 @@ def test_the_table_shows_every_job_whatever_became_of_it(sweep):
     )
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_sweep_is_told_in_one_line(sweep):
     root, job = sweep.parents[2], sweep / "method.temperature-0.1__seed-0"
     near = f"not the folder of a sweep (-m), it has no multirun.yaml; sweeps near it, newest first: {sweep}"
@@ -276,6 +277,7 @@ def test_a_folder_that_is_no_sweep_is_told_in_one_line(sweep):
     assert (done.returncode, done.stderr) == (2, f"error: {of_job}\n")
 
 
+@pytest.mark.slow
 def test_jobs_with_one_value_each_and_all_choices_of_a_group_are_found_again(sweep, tmp_path):
     import yaml
 
@@ -298,6 +300,7 @@ def test_jobs_with_one_value_each_and_all_choices_of_a_group_are_found_again(swe
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_its_table(sweep, capsys):
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf

@@ -16,6 +16,7 @@ from moco.config.train import TrainerConfig
 from moco.data.sources.shards import ShardedImages
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
+from tests.conftest import thinned
 
 
 def identity_of(images, monkeypatch):
@@ -84,26 +85,29 @@ LEARNED = ["backbone=vit_tiny_patch4", "backbone.learned_positions=4"]
 
 @pytest.mark.parametrize(
     ("settings", "sizes", "said"),
-    [
-        (
-            ["backbone=resnet_tiny", *DENSE],
-            [64],
-            "pooling of a map of 8 x 8 cells to method.dense_grid=7 (a grid of 8",
-        ),
-        (["backbone=resnet_tiny", *DENSE], [56], None),  # 7 x 7 cells fit the grid
-        (["backbone=resnet_tiny", *DENSE], [64, 56], "a map of 8 x 8 cells"),
-        (["backbone=resnet_tiny", *DENSE, "method.dense_grid=1"], [64], None),  # a plain mean
-        (["backbone=resnet_tiny"], [64], None),
-        (
-            ["backbone=resnet_tiny", *DENSE, "method.decoder=fpn"],
-            [56],
-            "pooling of a map of 56 x 56 cells to method.dense_grid=7 (a grid of 56",
-        ),
-        (LEARNED, [16], None),
-        (LEARNED, [24], "backbone.learned_positions=4 to the 6 x 6 patches of images of 24 px"),
-        (["backbone=vit_tiny_patch4"], [24], None),  # fixed positions are computed, not resized
-        (["backbone=swin_v2_tiny_patch2"], [24], None),
-    ],
+    thinned(
+        [
+            (
+                ["backbone=resnet_tiny", *DENSE],
+                [64],
+                "pooling of a map of 8 x 8 cells to method.dense_grid=7 (a grid of 8",
+            ),
+            (["backbone=resnet_tiny", *DENSE], [56], None),  # 7 x 7 cells fit the grid
+            (["backbone=resnet_tiny", *DENSE], [64, 56], "a map of 8 x 8 cells"),
+            (["backbone=resnet_tiny", *DENSE, "method.dense_grid=1"], [64], None),  # a plain mean
+            (["backbone=resnet_tiny"], [64], None),
+            (
+                ["backbone=resnet_tiny", *DENSE, "method.decoder=fpn"],
+                [56],
+                "pooling of a map of 56 x 56 cells to method.dense_grid=7 (a grid of 56",
+            ),
+            (LEARNED, [16], None),
+            (LEARNED, [24], "backbone.learned_positions=4 to the 6 x 6 patches of images of 24 px"),
+            (["backbone=vit_tiny_patch4"], [24], None),  # fixed positions are computed, not resized
+            (["backbone=swin_v2_tiny_patch2"], [24], None),
+        ],
+        every=3,
+    ),
 )
 @pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_what_has_no_deterministic_form_on_a_gpu_is_said_before_the_run(

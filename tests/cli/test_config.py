@@ -82,7 +82,9 @@ def test_every_option_of_an_evaluation_composes_and_parses(options):
     composed("evaluate", "checkpoint=x", *options, "data.root=y")
 
 
-@pytest.mark.parametrize("options", together(("decoder", "trainer")), ids=" ".join)
+@pytest.mark.parametrize(
+    "options", thinned(together(("decoder", "trainer")), every=2), ids=" ".join
+)
 def test_every_option_of_segmentation_composes_and_parses(options):
     data = "data=voc2012" if "decoder=fpn" in options else "data=segmentation_folder"
     composed("segment", "checkpoint=null", *options, data, "data.root=y")
@@ -111,7 +113,7 @@ def test_densecl_is_moco_v2_with_a_dense_term():
 
 @pytest.mark.parametrize(
     "method",
-    thinned(sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")), every=2),
+    thinned(sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")), every=3),
 )
 def test_every_method_takes_the_dense_term(method):
     import torch
@@ -277,37 +279,46 @@ def test_a_new_key_needs_a_plus_where_the_names_are_the_users(key, expected):
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
-    [
-        (
-            ["+augmentation.query.blur.sigma=1"],
-            "augmentation.query: unknown operation 'blur'; did you mean 'gaussian_blur'?",
-        ),
-        (
-            ["augmentation=custom"],
-            "augmentation.query: missing; expected operations, {name: settings, ...}, or",
-        ),
-        (
-            ["+augmentation.query.transforms=os:getcwd"],
-            "augmentation.query.transforms: a whole pipeline has no operations beside it, and",
-        ),
-        (["data.batch_size=2000"], "data.batch_size=2000: there are only 1437 images to train on"),
-        (
-            ["data.batch_size=100"],
-            "data.batch_size=100: a device gets 100 images at once, which is no multiple of",
-        ),
-        (["trainer.max_steps=0"], "trainer.max_steps=0: expected -1 for no limit, or at least 1"),
-        (["trainer.accelerator=gpu"], "accelerator=gpu: no CUDA device can be used here"),
-        (["augmentation.std=[0,0,0]"], "augmentation.std="),
-        (
-            ["method.num_queues=2"],
-            "method.num_queues=2: the second queue is for the second direction; add method.symmetric",
-        ),
-        (
-            ["trainer.num_nodes=2"],
-            "trainer.num_nodes=2: start one process per device with srun or torchrun",
-        ),
-        (["trainer.accumulate_grad_batches=3"], "data.batch_size=64: expected a multiple of 3"),
-    ],
+    thinned(
+        [
+            (
+                ["+augmentation.query.blur.sigma=1"],
+                "augmentation.query: unknown operation 'blur'; did you mean 'gaussian_blur'?",
+            ),
+            (
+                ["augmentation=custom"],
+                "augmentation.query: missing; expected operations, {name: settings, ...}, or",
+            ),
+            (
+                ["+augmentation.query.transforms=os:getcwd"],
+                "augmentation.query.transforms: a whole pipeline has no operations beside it, and",
+            ),
+            (
+                ["data.batch_size=2000"],
+                "data.batch_size=2000: there are only 1437 images to train on",
+            ),
+            (
+                ["data.batch_size=100"],
+                "data.batch_size=100: a device gets 100 images at once, which is no multiple of",
+            ),
+            (
+                ["trainer.max_steps=0"],
+                "trainer.max_steps=0: expected -1 for no limit, or at least 1",
+            ),
+            (["trainer.accelerator=gpu"], "accelerator=gpu: no CUDA device can be used here"),
+            (["augmentation.std=[0,0,0]"], "augmentation.std="),
+            (
+                ["method.num_queues=2"],
+                "method.num_queues=2: the second queue is for the second direction; add method.symmetric",
+            ),
+            (
+                ["trainer.num_nodes=2"],
+                "trainer.num_nodes=2: start one process per device with srun or torchrun",
+            ),
+            (["trainer.accumulate_grad_batches=3"], "data.batch_size=64: expected a multiple of 3"),
+        ],
+        every=2,
+    ),
 )
 def test_what_only_the_data_show_is_found_before_the_run_folder_is_touched(
     overrides, expected, tmp_path, monkeypatch

@@ -32,11 +32,14 @@ def chosen(overrides, folder, number, monkeypatch, side=224, program="train"):
 
 @pytest.mark.parametrize(
     ("number", "backbone", "queue", "batch"),
-    [
-        (100, "resnet18", 8, 64),
-        (10_000, "resnet50", 512, 256),
-        (200_001, "resnet50", 16384, 256),
-    ],
+    thinned(
+        [
+            (100, "resnet18", 8, 64),
+            (10_000, "resnet50", 512, 256),
+            (200_001, "resnet50", 16384, 256),
+        ],
+        every=3,
+    ),
 )
 def test_the_number_of_images_picks_the_preset(
     number, backbone, queue, batch, tmp_path, monkeypatch, caplog
@@ -72,13 +75,16 @@ def test_what_the_user_chooses_wins_key_by_key(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "overrides",
-    [
-        ["+experiment=quickstart"],
-        ["data=digits"],
-        ["data=cifar10"],
-        ["data=custom", "data.target=a:b"],
-        ["seed=1"],
-    ],
+    thinned(
+        [
+            ["+experiment=quickstart"],
+            ["data=digits"],
+            ["data=cifar10"],
+            ["data=custom", "data.target=a:b"],
+            ["seed=1"],
+        ],
+        every=3,
+    ),
     ids=" ".join,
 )
 def test_nothing_is_picked_where_there_is_nothing_to_pick(overrides, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import yaml
 from moco.config.parsing import CONFIG_DIR
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
+from tests.conftest import thinned
 
 # Which network these are, tests/models/test_own_backbones.py says.
 OPEN = ("timm", "custom")
@@ -32,7 +33,7 @@ def computed():
     return cases
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", thinned(CONFIGS, every=2), ids=lambda path: path.stem)
 @torch.no_grad()
 def test_every_backbone_has_the_shapes_of_the_contract(path):
     """The weights hold anything: to initialise them takes longest."""

@@ -19,6 +19,7 @@ from moco.models.swin.attention import (
     resized_table,
 )
 from moco.models.swin.windows import offset_coordinates, relative_positions, window_grid
+from tests.conftest import thinned
 
 CPU = torch.device("cpu")
 
@@ -111,7 +112,7 @@ def cases():
     return found + [(kind, *case) for kind in BETWEEN for case in (CASES[2], CASES[4])]
 
 
-@pytest.mark.parametrize(("kind", "size", "window", "shifted"), cases())
+@pytest.mark.parametrize(("kind", "size", "window", "shifted"), thinned(cases(), every=2))
 def test_outputs_and_gradients_are_the_papers(kind, size, window, shifted):
     layer = attention(kind, window, shifted)
     if window == 1:

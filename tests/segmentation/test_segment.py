@@ -487,6 +487,7 @@ def test_a_pretrained_swin_is_fine_tuned_in_other_windows(fine_tuned, swin):
     assert 0 < change.abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_the_backbone_of_a_segmenter_is_loaded_like_any_other(fine_tuned, caplog):
     caplog.set_level("INFO")
     path = fine_tuned / "checkpoints/last.ckpt"

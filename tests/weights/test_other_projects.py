@@ -352,7 +352,8 @@ def test_a_queue_is_rows_of_unit_norm_however_it_was_stored():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet50", "resnet101", "wide_resnet50_2", "swin_t", "swin_s", "vit_b_16"]
+    "name",
+    thinned(["resnet50", "swin_s", "vit_b_16", "resnet101", "wide_resnet50_2", "swin_t"], every=3),
 )
 def test_every_published_architecture_has_one_backbone(name):
     with torch.device("meta"):

@@ -22,6 +22,7 @@ from moco.weights.library_names import (
     to_torchvision,
 )
 from moco.weights.load_encoder import load_pretrained
+from tests.conftest import thinned
 from tests.segmentation.test_segment import pretraining_checkpoint
 from tests.weights.projects import randomised, refused, torchvision_swin, torchvision_swin_v2
 from tests.weights.test_init_from import small_method
@@ -66,7 +67,7 @@ def random_swin(switches, **settings):
     return backbone.eval()
 
 
-@pytest.mark.parametrize("switches", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("switches", thinned(MIXED.values(), every=3), ids=MIXED)
 @torch.no_grad()
 def test_torchvisions_classes_take_and_give_mixed_swins(switches, tmp_path):
     """64 px, so that nothing is padded: maps of 32, 16, 8 and 4 cells."""
