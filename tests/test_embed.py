@@ -337,6 +337,7 @@ def test_row_i_of_the_index_is_image_i(checkpoint, tmp_path, kind, capsys):
     assert "f.npz and" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_index_is_written_when_none_is_wanted_and_an_old_one_is_named(
     checkpoint, tmp_path, caplog
 ):

@@ -154,7 +154,7 @@ def of_four_steps(runner, monkeypatch):
         ([], [1]),
         pytest.param([], [0, 2], marks=pytest.mark.slow),
         pytest.param(ADAMW, [0, 2], marks=pytest.mark.slow),
-        (["trainer.accumulate_grad_batches=2"], [3]),
+        pytest.param(["trainer.accumulate_grad_batches=2"], [3], marks=pytest.mark.slow),
         pytest.param(["method.queue_size=20"], [2], marks=pytest.mark.slow),
     ],
     ids=["sgd", "first step", "adamw", "second of two batches", "batch larger than the queue"],

@@ -64,7 +64,7 @@ def test_the_configs_of_the_tests_are_hydras(program, overrides):
 PRETRAINING = ("augmentation", "backbone", "data", "method", "optimizer", "trainer")
 
 
-@pytest.mark.parametrize("options", thinned(together(PRETRAINING), every=4), ids=" ".join)
+@pytest.mark.parametrize("options", thinned(together(PRETRAINING), every=8), ids=" ".join)
 def test_every_option_of_pretraining_composes_and_parses(options):
     from moco.data.augment.views import ViewPair
 

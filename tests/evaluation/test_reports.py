@@ -94,6 +94,7 @@ def test_an_evaluation_leaves_plots_and_label_free_figures(evaluated, small):
     assert f"{figures['label_free/alignment']:.4f}" in printed
 
 
+@pytest.mark.slow
 def test_without_plots_and_label_free_figures_there_are_none(evaluated, small):
     figures, _, _ = evaluated(small, plots=False, label_free=False)
     assert not plots_in(evaluated.folder / "report")

@@ -48,6 +48,7 @@ def evaluated(checkpoint, tmp_path, caplog, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_images_without_labels_get_what_needs_none(evaluated, image_tree, generator, tmp_path):
     data = {"name": "images", "root": str(image_tree), "image_size": 16}
     figures, printed, log = evaluated(data)

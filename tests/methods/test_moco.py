@@ -58,12 +58,15 @@ GROUPED = [
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        GROUPED,
-        [*GROUPED, "method.symmetric=true", "method.num_queues=2"],
-        [*GROUPED, *DENSE],
-        [*GROUPED, "method.negatives=batch", "method.queue_size=null"],
-    ],
+    thinned(
+        [
+            [*GROUPED, "method.symmetric=true", "method.num_queues=2"],
+            GROUPED,
+            [*GROUPED, "method.negatives=batch", "method.queue_size=null"],
+            [*GROUPED, *DENSE],
+        ],
+        every=2,
+    ),
 )
 def test_every_loss_of_a_step_gets_the_groups_of_its_negatives(settings, runner, monkeypatch):
     for name in ("efficient_info_nce", "in_batch_info_nce"):

@@ -111,6 +111,7 @@ def last_checkpoint(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_shapes_are_learned(trained):
     _, figures = trained
     assert figures["segment/miou"] > 0.8
@@ -652,7 +653,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"), thinned(MISTAKES, every=3), ids=lambda value: value[-1][-40:]
+    ("overrides", "expected"), thinned(MISTAKES, every=6), ids=lambda value: value[-1][-40:]
 )
 def test_a_mistake_is_found_before_the_run_folder_is_touched(
     overrides, expected, shapes, swin, tmp_path, monkeypatch
@@ -724,6 +725,7 @@ def check_report(folder, figures):
     assert set(rows[0]) == columns
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_measured_again_without_training(trained, shapes, tmp_path):
     folder, figures = trained
     path = folder / "checkpoints" / "last.ckpt"

@@ -23,7 +23,7 @@ from moco.models.swin.window_change import rewindow
 from moco.weights.exporting import deviation, export_content, loading_lines
 from moco.weights.load_encoder import load_pretrained
 from tests.configs import composed
-from tests.conftest import run_program
+from tests.conftest import run_program, thinned
 
 SMALL_SWIN = ["backbone=swin_v2_tiny_patch2", "data=synthetic", "data.image_size=32"]
 
@@ -162,7 +162,7 @@ SMP_ENCODERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "bands"), SMP_ENCODERS)
+@pytest.mark.parametrize(("name", "bands"), thinned(SMP_ENCODERS, every=3))
 def test_the_names_for_smp_are_those_of_its_encoders(name, bands, tmp_path):
     settings = {"name": name} if bands == 3 else {"name": name, "in_channels": bands}
     path = tmp_path / "encoder.pth"
@@ -479,8 +479,8 @@ def test_evaluate_says_that_a_resnet_has_no_windows(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("file_format", "backbone"),
     [
-        ("torchvision", "resnet18"),
         ("timm", "resnet18"),
+        pytest.param("torchvision", "resnet18", marks=pytest.mark.slow),
         pytest.param("torchvision", "swin_t", marks=pytest.mark.slow),
         pytest.param("timm", "vit_b_16", marks=pytest.mark.slow),
         pytest.param("torchvision", "vit_b_16", marks=pytest.mark.slow),

@@ -255,6 +255,7 @@ def test_torchvisions_own_coordinates_stretch_the_biases():
     assert difference(torchvision_model("swin_v2_t", weights), backbone, 128) > 1e-3
 
 
+@pytest.mark.slow
 def test_timm_takes_a_window_for_each_stage():
     backbone = rewindow(copy.deepcopy(randomised("swin_v2_t", 4)), [8, 4, 4, 2])
     settings = {"img_size": 128, "window_size": [8, 4, 4, 2], "pretrained_window_sizes": [4] * 4}

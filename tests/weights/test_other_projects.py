@@ -106,7 +106,7 @@ def test_settings_of_argparse_are_read_as_a_dict(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["pth", pytest.param("safetensors", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("build", thinned(BACKBONES_ALONE, every=2), ids=name_of)
+@pytest.mark.parametrize("build", thinned(BACKBONES_ALONE, every=4), ids=name_of)
 def test_a_backbone_alone_is_recognised_by_its_tensors(build, ending, tmp_path):
     content, model, settings = build()
     path = tmp_path / f"x.{ending}"

@@ -17,6 +17,7 @@ from moco.weights.backbone_files import write_backbone_file
 from moco.weights.init_from import start_from
 from moco.weights.pretrained_decoder import decoder_in
 from moco.weights.weight_files import WeightFile
+from tests.conftest import thinned
 from tests.segmentation.shapes import draw_shapes
 from tests.segmentation.test_segment import (
     config_of,
@@ -55,7 +56,7 @@ def decoder_of(shapes, path, *overrides):
     return segmenter_of(config).model.decoder
 
 
-@pytest.mark.parametrize(("name", "which"), [("fpn", "key"), ("auto", "query")])
+@pytest.mark.parametrize(("name", "which"), thinned([("fpn", "key"), ("auto", "query")], every=2))
 def test_fine_tuning_starts_with_the_decoder_of_its_encoder(name, which, shapes, swin, caplog):
     caplog.set_level(logging.INFO)
     decoder = decoder_of(shapes, swin, f"decoder={name}", f"encoder={which}")
@@ -86,6 +87,7 @@ def test_other_decoders_and_refused_ones_are_new(overrides, name, shapes, swin):
     assert (found.name, found.pretrained) == (name, None)
 
 
+@pytest.mark.slow
 def test_a_new_decoder_is_the_same_with_and_without_a_pretrained_one_in_the_file(shapes, swin):
     settings = ["decoder=fpn", "decoder.channels=128"]
     new = decoder_of(shapes, swin, *settings, "decoder.from_checkpoint=false")

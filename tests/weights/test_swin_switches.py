@@ -189,6 +189,7 @@ def linear_checkpoint(tmp_path_factory):
     return pretraining_checkpoint(tmp_path_factory.mktemp("ours") / "last.ckpt", *overrides)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_start_from_weights_of_other_switches(linear_checkpoint, tmp_path):
     theirs = tmp_path / "theirs.pth"
     torch.save(torchvision_swin_v2()[0], theirs)

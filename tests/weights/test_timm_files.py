@@ -90,6 +90,7 @@ def test_a_run_starts_from_timms_weights(tmp_path, caplog):
     assert f"init_from={tmp_path}/model.pth: timm; loaded: backbone ({count})" in caplog.messages
 
 
+@pytest.mark.slow
 def test_other_projects_can_hold_a_network_of_timm(tmp_path):
     theirs = randomised(timm.create_model("convnext_atto", num_classes=10))
     torch.save(prefixed(theirs.state_dict(), "backbone."), tmp_path / "model.pth")
