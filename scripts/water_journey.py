@@ -7,13 +7,15 @@ a segmentation_folder of images with the same bands, int16, and masks of water. 
 coastal, blue, green and red. The script pretrains a small ResNet on all bands and on red, green and
 blue alone, and segments with each: fine-tuned, frozen under a linear decoder, and by the nearest
 neighbours of its patches, all beside a network from scratch. Finished runs are not repeated, and an
-interrupted one goes on.
+interrupted one goes on. The figures are in FOLDER/journey.json: with this file alone in its folder,
+another machine goes on with the next backbone.
 """
 
 import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ PIXELS = ["data.value_range=[0,4000]"]
 LOOK = ["augmentation.mean=[0.5]", "augmentation.std=[0.25]"]
 BANDS: dict[str, list[str]] = {"7 bands": [], "RGB": ["data.bands=[4,3,2]"]}
 CPU = "trainer.accelerator=cpu"
+
+Record = dict[str, Any]
+"""What one backbone came to with one seed: its row, seed, scores, and the lengths of its runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,7 @@ def measure(
         start += BACKBONE
     scores = {}
     for kind, settings in {
-        "fine-tuned": ["decoder=fpn", "decoder.channels=64", "optimizer.lr=1e-3",
+        "fine-tuned": ["decoder=fpn", "decoder.channels=128", "optimizer.lr=1e-3",
                        f"trainer.max_epochs={scale.epochs}"],
         "frozen, linear": ["freeze_backbone=true", "decoder=linear", "optimizer.lr=1e-2",
                            f"trainer.max_epochs={scale.frozen_epochs}"],
@@ -132,37 +137,60 @@ def measure(
     return scores
 
 
-def journey(arguments: Any, scale: Scale) -> dict[str, dict[str, list[float]]]:
-    """Return the scores of each row and kind, seed by seed. Also write them to ``journey.json``."""
-    results: dict[str, dict[str, list[float]]] = {}
+def journey(arguments: Any, scale: Scale) -> list[Record]:
+    """Return what each backbone came to, seed by seed. Also write it to ``journey.json``.
+
+    What that file has already is not measured again.
+
+    Raises:
+        SystemExit: the file has figures of other lengths.
+    """
+    path = arguments.folder / "journey.json"
+    records: list[Record] = json.loads(path.read_text()) if path.exists() else []
+    lengths = dataclasses.asdict(scale)
+    for record in records:
+        if record["lengths"] != lengths:
+            raise SystemExit(f"{path} has figures of other lengths: {record['lengths']}")
+    done = {(record["row"], record["seed"]) for record in records}
     for seed in range(arguments.seeds):
         for bands in BANDS:
-            checkpoint = pretrain(arguments.patches, arguments.folder, bands, seed, scale)
-            for start, name in ((checkpoint, "pretrained"), (None, "from scratch")):
-                row = f"{bands}, {name}"
-                scores = measure(arguments.water, arguments.folder, row, start, bands, seed, scale)
-                for kind, score in scores.items():
-                    results.setdefault(row, {}).setdefault(kind, []).append(score)
-                text = json.dumps(results, indent=1)
-                (arguments.folder / "journey.json").write_text(text)
-    return results
+            starts = {f"{bands}, {start}": start for start in ("pretrained", "from scratch")}
+            for row, start in starts.items():
+                if (row, seed) in done:
+                    continue
+                checkpoint = None
+                if start == "pretrained":
+                    checkpoint = pretrain(arguments.patches, arguments.folder, bands, seed, scale)
+                scores = measure(
+                    arguments.water, arguments.folder, row, checkpoint, bands, seed, scale
+                )
+                records.append({"row": row, "seed": seed, "scores": scores, "lengths": lengths})
+                path.write_text(json.dumps(records, indent=1) + "\n")
+    return records
 
 
-def print_results(results: dict[str, dict[str, list[float]]]) -> None:
+def print_results(records: Sequence[Record]) -> None:
     """Print a table with one row for each backbone."""
-    kinds = list(next(iter(results.values())))
+    of_row: dict[str, dict[str, list[float]]] = {}
+    kinds: list[str] = []
+    for record in records:
+        scores = of_row.setdefault(record["row"], {})
+        for kind, score in record["scores"].items():
+            scores.setdefault(kind, []).append(score)
+            if kind not in kinds:
+                kinds.append(kind)
     table = Table(title="Water: mIoU on held-out images, mean ± standard deviation")
-    for column in ("backbone", *kinds):
+    for column in ("backbone", "seeds", *kinds):
         table.add_column(column)
-    for name, of_kind in results.items():
-        cells = []
+    for row, of_kind in of_row.items():
+        cells = [str(max(len(scores) for scores in of_kind.values()))]
         for kind in kinds:
             scores = of_kind.get(kind, [])
             text = f"{statistics.mean(scores):.4f}" if scores else ""
             if len(scores) > 1:
                 text += f" ± {statistics.stdev(scores):.4f}"
             cells.append(text)
-        table.add_row(name, *cells)
+        table.add_row(row, *cells)
     Console().print(table)
 
 
