@@ -29,6 +29,7 @@ def run(config: PredictConfig, folder: Path) -> None:
         next_step,
         output_of,
         prediction_rows,
+        say_clipped_windows,
         settings_of,
     )
     from moco.data.loading.every_image import IndexedSet
@@ -69,6 +70,7 @@ def run(config: PredictConfig, folder: Path) -> None:
     images = found.images
     if isinstance(images, IndexedSet):
         check_names(map(images.images.name, range(len(images))), found.roots)
+    say_clipped_windows(tuned.segmenter.model.backbone, how, found)
     settings = settings_of(config, tuned, how, found)
     output = output_of(config, settings, folder)
     class_names = tuned.learned["class_names"]

@@ -107,6 +107,29 @@ def suggest_window(
     return min(suggestions, key=cost)
 
 
+def clipped_in_words(backbone: nn.Module, image_size: int, what: str) -> str:
+    """Return in which stages the windows are larger than the map, or nothing.
+
+    Args:
+        backbone: any backbone; only a Swin has windows.
+        image_size: side of the images, px.
+        what: these images in words, such as ``crops of 32 px``.
+    """
+    if not isinstance(backbone, Swin):
+        return ""
+    stages = []
+    sides = map_sides(backbone.cells(image_size), patch_size=1)
+    for number, (side, window) in enumerate(zip(sides, backbone.window_size, strict=True), start=1):
+        if side < window:
+            unit = "" if stages else " cells a side"
+            stages.append(f"stage {number} ({side}{unit})")
+    if not stages:
+        return ""
+    *first, last = stages
+    named = f"{', '.join(first)} and {last}" if first else last
+    return f"larger than the map in {named} for {what}: there the map is one window"
+
+
 def fitting_window(image_size: int, window_size: int, patch_size: int = 4) -> WindowSuggestion:
     """Return the window of about the same size with the least padding, for a new pretraining.
 
