@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.cli.checks import check_output, check_weights
+from moco.cli.checks import check_masked_data, check_output, check_weights
 from moco.cli.launch import hydra_files, launch
 from moco.config.pretrained import (
     EvaluateConfig,
@@ -41,6 +41,8 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     output = Path(config.output) if config.output else folder / "metrics.json"
     check_output(output)
     check_weights(config.checkpoint)
+    if config.data.root is not None:
+        check_masked_data(config.data.name, config.data.root, is_trained_on=False)
     with phase(LOADING, unit=""):
         from moco.cli import measured_segmenter
         from moco.cli.closing_tables import (

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+from moco.cli.checks import check_masked_data, check_weights
 from moco.cli.launch import hydra_files, launch
 from moco.config.predict import PredictConfig, check_averaging
 
@@ -20,6 +21,11 @@ def run(config: PredictConfig, folder: Path) -> None:
             something else.
         RunError: a score is not a number, or the machine ran out of memory or disk.
     """
+    check_averaging(config)
+    check_weights(config.checkpoint)
+    check_masked_data(config.data.name, config.data.root, is_trained_on=False)
+
+    # These imports take seconds. The mistakes above do not wait for them.
     from moco.cli.closing_tables import print_next, print_plain, print_table
     from moco.cli.predicted_images import (
         build_images,
@@ -45,7 +51,6 @@ def run(config: PredictConfig, folder: Path) -> None:
     from moco.segmentation.pixel_classifier import PixelClassifier
     from moco.weights.load_segmenter import inference_of, load_fine_tuned
 
-    check_averaging(config)
     if config.output is not None:
         check_masks_folder(Path(config.output))
     devices = chosen_devices(config.accelerator, config.devices)

@@ -268,7 +268,7 @@ def is_packed(path: str) -> bool:
 
 def is_class_tree(path: str) -> bool:
     """Return whether a folder holds a training and a validation folder with the same classes."""
-    from moco.data.sources.folders import (
+    from moco.data.sources.split_folders import (
         TRAINING_FOLDERS,
         VALIDATION_FOLDERS,
         first_of,

@@ -117,7 +117,7 @@ def clipped_in_words(backbone: nn.Module, image_size: int, what: str) -> str:
     """
     if not isinstance(backbone, Swin):
         return ""
-    stages = []
+    stages: list[str] = []
     sides = map_sides(backbone.cells(image_size), patch_size=1)
     for number, (side, window) in enumerate(zip(sides, backbone.window_size, strict=True), start=1):
         if side < window:
