@@ -38,7 +38,7 @@ from moco.segmentation.metrics import segmentation_figures
 from moco.segmentation.pixel_classifier import Inference
 from moco.training.hardware import choose_device
 from moco.weights.inflation import check_bands
-from moco.weights.load_segmenter import FineTuned
+from moco.weights.load_segmenter import FineTuned, best_beside
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def prediction_rows(
     """Return the rows of the closing table.
 
     Args:
-        figures: from `figures_of`.
+        figures: from `figures_of`, with the checkpoint and its epoch.
         how: how the images were predicted.
         class_names: of the model.
         masks: the folder of the predicted masks.
@@ -255,7 +255,11 @@ def prediction_rows(
     images = f"{num_images:,}"
     if num_now < num_images:
         images += f", {num_images - num_now:,} of them were there"
-    rows = [("images", images)]
+    rows = [("checkpoint", f"{figures['checkpoint']}, epoch {figures['epoch']}")]
+    best = best_beside(figures["checkpoint"])
+    if best is not None:
+        rows.append(("best checkpoint", f"not taken: {best}"))
+    rows.append(("images", images))
     num_unreadable = figures["predict/num_unreadable"]
     if num_unreadable:
         rows.append(("unreadable images, left out", f"{num_unreadable:,}"))

@@ -134,12 +134,21 @@ def load_fine_tuned(
     return FineTuned(segmenter.eval(), learned, content["config"], epoch, content["global_step"])
 
 
-def tell_of_best(path: str | Path, epoch: int) -> None:
+def tell_of_best(path: str, epoch: int) -> None:
     """Log that a run has a best checkpoint, if its last one is loaded."""
+    best = best_beside(path)
+    if best is not None:
+        name = Path(path).name
+        log.info("the model is %s of epoch %d; the best one is %s", name, epoch, best)
+
+
+def best_beside(path: str) -> Path | None:
+    """Return the best checkpoint of a run if `path` is its last one, and not its best one."""
     last = Path(path)
     best = last.with_name(BEST_CHECKPOINT.name)
     if last.name == LAST_CHECKPOINT.name and best.is_file():
-        log.info("the model is %s of epoch %d; the best one is %s", last.name, epoch, best)
+        return best
+    return None
 
 
 def inference_of(
