@@ -113,7 +113,9 @@ def describe_images(data: "SegmentationData") -> str:
 
 def describe_classes(data: "SegmentationData") -> str:
     """Return the number of classes and the names of the first ones."""
-    names = data.source.class_names
+    from moco.data.sources.source import classes_in_words
+
+    names = classes_in_words(data.source.class_names)
     shown = ", ".join(names[:MOST_CLASSES])
     if len(names) > MOST_CLASSES:
         shown += ", ..."

@@ -8,6 +8,7 @@ from typing import Any
 
 from moco.cli.checks import check_class_weights
 from moco.config.segment import SegmentConfig
+from moco.data.sources.source import classes_in_words
 from moco.errors import InputError, printable, unknown_name
 from moco.runs.atomic_files import write_atomically
 from moco.runs.training_set import counted
@@ -42,7 +43,7 @@ def resolved_class_weights(setting: Any, source: SegmentationSource) -> list[flo
     if setting == "auto":
         weights = balanced_class_weights(source.class_pixels)
         shown = []
-        for name, weight in zip(names, weights, strict=True):
+        for name, weight in zip(classes_in_words(names), weights, strict=True):
             shown.append(f"{printable(name)} {weight:.3g}")
         rest = "" if len(shown) <= MOST_SHOWN else f" and {len(shown) - MOST_SHOWN} more"
         log.info("class weights (auto): %s%s", ", ".join(shown[:MOST_SHOWN]), rest)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
-from moco.data.sources.source import PIXEL_SETTINGS
+from moco.data.sources.source import PIXEL_SETTINGS, classes_in_words
 from moco.errors import InputError
 from moco.evaluation.dense_bank import knn_scores
 from moco.evaluation.dense_features import (
@@ -91,7 +91,7 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
     protocol["dense/linear_weight_decay"] = weight_decay
     rows = []
     for name, knn_iou, linear_iou in zip(
-        names, knn_ious.values(), linear_ious.values(), strict=True
+        classes_in_words(names), knn_ious.values(), linear_ious.values(), strict=True
     ):
         rows.append((name, shown(knn_iou), shown(linear_iou)))
     return Findings(

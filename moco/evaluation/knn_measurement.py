@@ -354,6 +354,7 @@ def classification_findings(
         )
     classes, confusion = confusion_matrix(queries.labels, votes.predicted)
     class_names = [queries.labelled.class_name(number) for number in classes]
+    in_words = [queries.labelled.class_in_words(number) for number in classes]
     write_confusion = partial(
         np.savez,
         classes=classes,
@@ -369,7 +370,7 @@ def classification_findings(
         scores={f"{group}/{name}": share for name, share in votes.top(num_neighbors).items()},
         protocol={f"{group}/{name}": value for name, value in conditions.items()},
         details=details,
-        tables=[*tables, *class_tables(class_names, confusion)],
+        tables=[*tables, *class_tables(in_words, confusion)],
         headline=f"{title}: top-1 {100 * votes.accuracy(1):.1f} %",
         files={"confusion.npz": write_confusion},
     )
@@ -387,7 +388,7 @@ def precision_table(average_precision: np.ndarray, queries: Embedded) -> Table:
     for number in order[:NUM_WORST].tolist():
         if num_queries[number] == 0:
             continue
-        name = printable(queries.labelled.class_name(number))
+        name = printable(queries.labelled.class_in_words(number))
         rows.append([name, f"{average_precision[number]:.4f}", f"{num_queries[number]:,}"])
     title = "classes with the lowest average precision"
     return table_of(title, ("class", "average precision", "queries"), rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 from moco.data.augment.views import Normalized
 from moco.data.files.written_files import SOFTWARE
 from moco.data.sources.pixel_values import PixelValues
+from moco.data.sources.source import classes_in_words
 from moco.errors import InputError, printable
 from moco.evaluation.image_figures import PER_IMAGE, ImageFigures
 from moco.evaluation.reports.plots import legible
@@ -238,8 +239,8 @@ def table_of_classes(class_names: Sequence[str], figures: Mapping[str, float | N
         figures: see `moco.segmentation.metrics.segmentation_figures`.
     """
     rows = []
-    for name in class_names:
-        row = [name]
+    for name, in_words in zip(class_names, classes_in_words(class_names), strict=True):
+        row = [in_words]
         for kind in SCORES_OF_A_CLASS:
             figure = figures[f"segment/{kind}/{name}"]
             row.append("not there" if figure is None else f"{figure:.4f}")
