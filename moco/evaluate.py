@@ -46,6 +46,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     with phase(LOADING, unit=""):
         from moco.cli import measured_segmenter
         from moco.cli.closing_tables import (
+            condition_in_words,
             is_sweep_job,
             print_next,
             print_plain,
@@ -72,7 +73,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     console = screen.console
     rows = [(key, shown(value)) for key, value in findings.scores.items()]
     for key, value in {**findings.protocol, **origin}.items():
-        rows.append((key, "none" if value is None else str(value)))
+        rows.append((key, condition_in_words(key, value)))
     tables = [two_columns(findings.title, rows), *findings.tables]
     page = report_page(findings.title, findings.headline, tables, findings.plots)
     show(console, folder, findings.headline, tables)

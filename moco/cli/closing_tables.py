@@ -317,6 +317,24 @@ def shown(share: float | None) -> str:
     return f"{share:.4f}"
 
 
+def condition_in_words(key: str, value: Any) -> str:
+    """Return a condition of a measurement as text: a share, a count, a size, a rate or a name.
+
+    Args:
+        key: its name in ``metrics.json``.
+        value: as it is written there.
+    """
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        is_share = "top1" in key or "recall" in key
+        return f"{value:.4f}" if is_share else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool) and not key.endswith("seed"):
+        unit = " px" if key.endswith("image_size") else ""
+        return f"{value:,}{unit}"
+    return str(value)
+
+
 def shown_iou(figures: Mapping[str, Any], class_name: str) -> str:
     """Return the intersection over union of a class as text."""
     iou = figures[f"segment/iou/{class_name}"]

@@ -95,11 +95,11 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
     ):
         rows.append((name, shown(knn_iou), shown(linear_iou)))
     return Findings(
-        "segmentation by frozen patch features",
+        "Segmentation by frozen patch features",
         scores | linear_scores,
         protocol,
         knn_ious | linear_ious,
-        [table_of("intersection over union", ("class", "kNN", "linear head"), rows)],
+        [table_of("Intersection over union (IoU)", ("class", "kNN", "linear head"), rows)],
         headline=dense_headline({**scores, **linear_scores}),
     )
 

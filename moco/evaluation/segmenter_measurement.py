@@ -194,7 +194,7 @@ def findings_of(
             f"the commonest class everywhere has {100 * commonest:.1f} %"
         )
     table = table_of_classes(source.class_names, of_classes)
-    title = "segmentation by a fine-tuned model"
+    title = "Segmentation by a fine-tuned model"
     return Findings(title, scores, protocol, of_classes, [table], headline)
 
 
@@ -245,7 +245,7 @@ def table_of_classes(class_names: Sequence[str], figures: Mapping[str, float | N
             figure = figures[f"segment/{kind}/{name}"]
             row.append("not there" if figure is None else f"{figure:.4f}")
         rows.append(row)
-    title = "each class: intersection over union, Dice (F1)"
+    title = "Intersection over union (IoU) and Dice (F1)"
     return table_of(title, ("class", "IoU", "Dice"), rows)
 
 
