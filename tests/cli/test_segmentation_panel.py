@@ -34,18 +34,18 @@ def window_row(crop, held_out, window_size=8, **settings):
 
 def test_the_panel_names_the_stages_whose_map_is_smaller_than_a_window():
     assert window_row(32, (100, 100)) == [
-        "window: larger than the map in stage 3 (4 cells a side) and stage 4 (2) for crops of "
-        "32 px: there the map is one window"
+        "window: larger than the maps of stages 3 and 4 (4 and 2 cells wide) for crops of 32 px: "
+        "each is one window"
     ]
     assert window_row(128, (128, 128)) == []
     # A shorter side of a held-out image counts, unless windows of the crops' size are predicted.
     assert window_row(128, (200, 100)) == [
-        "window: larger than the map in stage 4 (7 cells a side) for held-out images of 100 px: "
-        "there the map is one window"
+        "window: larger than the map of stage 4 (7 cells wide) for held-out images of 100 px: "
+        "it is one window"
     ]
     assert window_row(128, (200, 100), inference="slide") == []
     only_first = window_row(32, (32, 32), window_size=[32, 8, 4, 2])
-    assert "in stage 1 (16 cells a side) for" in only_first[0]
+    assert "the map of stage 1 (16 cells wide) for" in only_first[0]
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,4 @@ def test_a_prediction_names_them_for_its_windows_or_its_smallest_images(how, exp
     say_clipped_windows(build_backbone("resnet_tiny"), how, found)
     said = [record.getMessage() for record in caplog.records]
     assert [line.partition(" for ")[2].partition(":")[0] for line in said] == expected
-    assert said[0].startswith("attention window: larger than the map in stage ")
+    assert said[0].startswith("attention window: larger than the maps of stages ")

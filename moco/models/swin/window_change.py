@@ -117,17 +117,23 @@ def clipped_in_words(backbone: nn.Module, image_size: int, what: str) -> str:
     """
     if not isinstance(backbone, Swin):
         return ""
-    stages: list[str] = []
+    stages, cells = [], []
     sides = map_sides(backbone.cells(image_size), patch_size=1)
     for number, (side, window) in enumerate(zip(sides, backbone.window_size, strict=True), start=1):
         if side < window:
-            unit = "" if stages else " cells a side"
-            stages.append(f"stage {number} ({side}{unit})")
+            stages.append(str(number))
+            cells.append(str(side))
     if not stages:
         return ""
-    *first, last = stages
-    named = f"{', '.join(first)} and {last}" if first else last
-    return f"larger than the map in {named} for {what}: there the map is one window"
+    maps, each = ("maps of stages", "each") if len(stages) > 1 else ("map of stage", "it")
+    small = f"{maps} {joined(stages)} ({joined(cells)} cells wide)"
+    return f"larger than the {small} for {what}: {each} is one window"
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Return parts as an enumeration: ``2, 3 and 4``."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def fitting_window(image_size: int, window_size: int, patch_size: int = 4) -> WindowSuggestion:
