@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.cli.checks import check_output, check_weights
+from moco.cli.checks import check_masked_data, check_output, check_weights
 from moco.cli.launch import hydra_files, launch
 from moco.config.pretrained import (
     EvaluateConfig,
@@ -41,9 +41,12 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     output = Path(config.output) if config.output else folder / "metrics.json"
     check_output(output)
     check_weights(config.checkpoint)
+    if config.data.root is not None:
+        check_masked_data(config.data.name, config.data.root, is_trained_on=False)
     with phase(LOADING, unit=""):
         from moco.cli import measured_segmenter
         from moco.cli.closing_tables import (
+            condition_in_words,
             is_sweep_job,
             print_next,
             print_plain,
@@ -70,7 +73,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     console = screen.console
     rows = [(key, shown(value)) for key, value in findings.scores.items()]
     for key, value in {**findings.protocol, **origin}.items():
-        rows.append((key, "none" if value is None else str(value)))
+        rows.append((key, condition_in_words(key, value)))
     tables = [two_columns(findings.title, rows), *findings.tables]
     page = report_page(findings.title, findings.headline, tables, findings.plots)
     show(console, folder, findings.headline, tables)

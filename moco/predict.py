@@ -5,6 +5,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+from moco.cli.checks import check_masked_data, check_weights
 from moco.cli.launch import hydra_files, launch
 from moco.config.predict import PredictConfig, check_averaging
 
@@ -20,6 +21,11 @@ def run(config: PredictConfig, folder: Path) -> None:
             something else.
         RunError: a score is not a number, or the machine ran out of memory or disk.
     """
+    check_averaging(config)
+    check_weights(config.checkpoint)
+    check_masked_data(config.data.name, config.data.root, is_trained_on=False)
+
+    # These imports take seconds. The mistakes above do not wait for them.
     from moco.cli.closing_tables import print_next, print_plain, print_table
     from moco.cli.predicted_images import (
         build_images,
@@ -29,6 +35,7 @@ def run(config: PredictConfig, folder: Path) -> None:
         next_step,
         output_of,
         prediction_rows,
+        say_clipped_windows,
         settings_of,
     )
     from moco.data.loading.every_image import IndexedSet
@@ -44,7 +51,6 @@ def run(config: PredictConfig, folder: Path) -> None:
     from moco.segmentation.pixel_classifier import PixelClassifier
     from moco.weights.load_segmenter import inference_of, load_fine_tuned
 
-    check_averaging(config)
     if config.output is not None:
         check_masks_folder(Path(config.output))
     devices = chosen_devices(config.accelerator, config.devices)
@@ -69,6 +75,7 @@ def run(config: PredictConfig, folder: Path) -> None:
     images = found.images
     if isinstance(images, IndexedSet):
         check_names(map(images.images.name, range(len(images))), found.roots)
+    say_clipped_windows(tuned.segmenter.model.backbone, how, found)
     settings = settings_of(config, tuned, how, found)
     output = output_of(config, settings, folder)
     class_names = tuned.learned["class_names"]

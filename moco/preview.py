@@ -1,4 +1,4 @@
-"""Draw pairs of views: ``python -m moco.preview experiment=NAME [output=FILE.png]``.
+"""Draw pairs of views: ``python -m moco.preview +experiment=NAME [output=FILE.png]``.
 
 It takes every setting of ``moco.train``. The pairs are the first ones of a run with these settings,
 made by the engine of that run.

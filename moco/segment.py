@@ -3,10 +3,9 @@
 from contextlib import ExitStack
 from pathlib import Path
 
-from moco.cli.checks import check_run
+from moco.cli.checks import check_segmentation
 from moco.cli.launch import hydra_files, launch
 from moco.config.segment import SegmentConfig
-from moco.config.train import TrainerConfig
 from moco.errors import InputError
 
 
@@ -18,8 +17,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
         RunError: training failed.
         Interrupted: a signal ended the run, and its checkpoint is saved.
     """
-    check_run(config)
-    check_trainer(config.trainer)
+    check_segmentation(config)
 
     # These imports take seconds. A help page and the mistakes above do not wait for them.
     import pytorch_lightning as pl
@@ -82,17 +80,6 @@ def run(config: SegmentConfig, folder: Path) -> None:
             fit(run, trainer, segmenter, data, checkpoint)
             write_json(folder / "metrics.json", run.figures)
     print_segmentation(run, class_names)
-
-
-def check_trainer(trainer: TrainerConfig) -> None:
-    """Raise InputError for a Trainer setting that moco.segment does not support."""
-    if trainer.devices * trainer.num_nodes > 1:
-        raise InputError(f"trainer.devices={trainer.devices}: moco.segment trains on one device")
-    for key in ("compile", "cuda_graphs"):
-        if getattr(trainer, key):
-            raise InputError(
-                f"trainer.{key}=true: moco.segment does not compile its model; expected false"
-            )
 
 
 def main() -> None:

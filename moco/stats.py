@@ -60,7 +60,9 @@ def run(config: StatsConfig, folder: Path) -> None:
     with failures_without_training_named("data.num_workers"), ending_at_once():
         statistics = measured(source, selection, config)
     figures = figures_of(statistics, selection, config.low, config.high, per_band=config.per_band)
-    console.print(table_of(title_of(figures), COLUMNS, map(row_of, figures["bands"])))
+    console.print(
+        table_of(title_of(figures), COLUMNS, map(row_of, figures["bands"]), texts=("band",))
+    )
     print_plain(console, "settings for these images:")
     for key, value in figures["settings"].items():
         print_plain(console, f"  {key}={value}".replace(", ", ","))

@@ -13,6 +13,7 @@ from moco.cli.help_pages import (
     composed_defaults,
     default_and_note,
     program_settings,
+    typed_group,
 )
 from moco.cli.program_texts import PROGRAMS
 from moco.config.parsing import SCHEMAS
@@ -27,14 +28,15 @@ INTRODUCTION = """\
 <!-- Written by scripts/configuration_page.py: change moco/config/, then make docs-configuration -->
 
 Every setting of every program, with the value that it has when nothing is chosen. A name of a
-config group (`method=moco_v3`, `experiment=quickstart`) sets several of them at once, and a value
-on the command line comes last. The same is in the terminal:
+config group (`method=moco_v3`, `+experiment=quickstart`) sets several of them at once, and a
+value on the command line comes last. `experiment=NAME` without the plus works as well. The same is
+in the terminal:
 
 ```sh
 python -m moco.train --help                # the settings that matter
 python -m moco.train --help data           # a group, or one setting: --help data.root
 python -m moco.train --help-all            # all settings
-python -m moco.train experiment=quickstart --cfg job --resolve     # the values of one command
+python -m moco.train +experiment=quickstart --cfg job --resolve     # the values of one command
 ```
 """
 
@@ -70,7 +72,7 @@ def program_part(
     for group in PROGRAMS[program].groups:
         names = choices_of_group(program, group, [CONFIG_DIR])
         marked = [f"**{name}**" if name == chosen.get(group) else name for name in names]
-        parts.append(f"| `{group}=` | {' '.join(marked)} |")
+        parts.append(f"| `{typed_group(group)}=` | {' '.join(marked)} |")
     parts.append("")
     tables: dict[str, list[str]] = {"": []}
     headings = {"": ""}

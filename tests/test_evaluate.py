@@ -138,8 +138,8 @@ def test_the_confusion_matrix_is_written_and_its_worst_classes_are_named(evaluat
         assert written["class_names"].tolist() == list("0123456789")
     for true, taken in np.ndindex(10, 10):
         assert confusion[true, taken] == ((labels == true) & (predicted == taken)).sum()
-    assert "classes with the lowest" in printed
-    assert "most confused classes" in printed
+    assert "Classes with the lowest" in printed
+    assert "Most confused classes" in printed
 
 
 def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated, tiny):
@@ -451,7 +451,7 @@ def test_images_with_several_classes_have_a_mean_average_precision(evaluated, ge
     assert 0.5 < figures["knn/mean_average_precision"] <= 1
     assert 0 < figures["knn/top1"] <= 1
     assert output.startswith("kNN mean average precision ")
-    assert "classes with the lowest average precision" in output
+    assert "Classes with the lowest average precision" in output
     assert not (tmp_path / "out" / "confusion.npz").exists()
     assert (tmp_path / "out" / "report" / "neighbors.png").exists()
     for name in ("linear", "linear_official"):

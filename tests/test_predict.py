@@ -14,13 +14,15 @@ import tifffile
 import torch
 from PIL import Image
 
+from moco.cli.predicted_images import prediction_rows
 from moco.data.files.images import header, read_mask
 from moco.errors import InputError, Interrupted
 from moco.predict import run
 from moco.segmentation.mask_files import MaskFolder
+from moco.segmentation.pixel_classifier import Inference
 from tests.configs import composed
 from tests.conftest import REPOSITORY, run_program
-from tests.segmentation.fine_tuned import build_random_segmenter, write_run
+from tests.segmentation.fine_tuned import NAMES, build_random_segmenter, write_run
 from tests.segmentation.shapes import draw_shapes
 from tests.segmentation.test_segment import evaluated
 
@@ -294,15 +296,15 @@ def test_overlays_can_be_added_later_and_new_images_are_predicted(model, tmp_pat
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("inference=slide", "inference.mode: whole there, slide here"),
-        ("tta=true", r"inference.flip: False there, True here"),
-        ("image_size=24", "inference.window: 32 there, 24 here"),
+        ("inference=slide", "inference: whole there, slide here"),
+        ("tta=true", "tta: false there, true here"),
+        ("image_size=24", "image_size: 32 there, 24 here"),
     ],
 )
 def test_a_changed_setting_is_refused_by_its_key(model, tmp_path, few_images, override, said):
     predict(model, tmp_path, f"data.root={few_images}")
     before = bytes_of(tmp_path / "out")
-    with pytest.raises(InputError, match=f"holds masks of another prediction .*{said}"):
+    with pytest.raises(InputError, match=rf"holds masks of another prediction \({said}\)"):
         predict(model, tmp_path, f"data.root={few_images}", override)
     assert bytes_of(tmp_path / "out") == before
 
@@ -310,8 +312,26 @@ def test_a_changed_setting_is_refused_by_its_key(model, tmp_path, few_images, ov
 def test_other_weights_are_refused(model, tmp_path, few_images):
     predict(model, tmp_path, f"data.root={few_images}")
     other = write_run(tmp_path / "other", ["a", "b"])
-    with pytest.raises(InputError, match="weights: "):
+    with pytest.raises(InputError, match=r"\(checkpoint: other weights\)"):
         predict(other, tmp_path, f"data.root={few_images}")
+
+
+def test_the_closing_table_names_the_checkpoint_and_that_a_better_one_is_there(tmp_path):
+    run_folder = write_run(tmp_path / "run")
+    last = run_folder / "checkpoints" / "last.ckpt"
+    best = last.with_name("best.ckpt")
+    figures = {"checkpoint": str(last), "epoch": 3, "predict/num_images": 2}
+    figures |= {"predict/num_written_now": 0, "predict/num_unreadable": 0}
+    masks = MaskFolder(tmp_path / "out", NAMES, "none", overlays=False)
+
+    def shown(**changed):
+        rows = prediction_rows(figures | changed, Inference(), NAMES, masks)
+        return [text for name, text in rows if "checkpoint" in name]
+
+    assert shown() == [f"{last}, epoch 3"]
+    best.write_bytes(last.read_bytes())
+    assert shown() == [f"{last}, epoch 3", f"not taken: {best}"]
+    assert shown(checkpoint=str(best), epoch=2) == [f"{best}, epoch 2"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from moco.callbacks.running_trainer import is_end
+from moco.runs.interrupts import measuring
 from moco.training.stopwatches import MONITORS, epoch_time
 
 
@@ -44,10 +45,12 @@ class EpochMeasurement(pl.Callback, ABC):
     @epoch_time.measured(MONITORS)
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.owed:
-            self.measure(trainer, pl_module, self.figures["epoch"])
+            with measuring():
+                self.measure(trainer, pl_module, self.figures["epoch"])
 
     @epoch_time.measured(MONITORS)
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
         if is_end(trainer, epoch) or epoch % self.every_n_epochs == 0:
-            self.measure(trainer, pl_module, epoch)
+            with measuring():
+                self.measure(trainer, pl_module, epoch)

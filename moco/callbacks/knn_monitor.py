@@ -23,6 +23,7 @@ from moco.evaluation.knn import KNNResult, knn_accuracy
 from moco.evaluation.lost_queries import warn_of_lost, without_class_in_bank
 from moco.evaluation.reports.embedded import Embedded
 from moco.phases import counted, phase
+from moco.runs.interrupts import measuring
 from moco.training.board_layout import tag_of
 from moco.training.distributed.collectives import (
     copy_from_rank_zero,
@@ -144,7 +145,8 @@ class KNNMonitor(EpochMeasurement):
             f"T {self.temperature}, {self.feature} feature{sizes}"
         )
         if self.baselines and not self.resumed:
-            self._measure_baselines(trainer, pl_module)
+            with measuring():
+                self._measure_baselines(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

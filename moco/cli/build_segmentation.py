@@ -28,7 +28,6 @@ from moco.runs.training_set import TrainingSet, training_set
 from moco.segmentation.label_draw import label_draw
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_sources import build_segmentation_source
-from moco.segmentation.pixel_losses import check_loss
 from moco.segmentation.segmentation_data import SegmentationData
 from moco.segmentation.segmenter import Segmenter
 from moco.weights.pretrained_decoder import load_pretrained_decoder
@@ -46,7 +45,6 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
         InputError: the dataset cannot be used, or a setting of the data, of the augmentation, of
             the loss or of the best checkpoint is wrong.
     """
-    check_loss(config.loss, config.class_weights)
     draw = label_draw(config.label_fraction, config.num_images, config.label_seed)
     source_settings = dataclasses.asdict(config.data)
     batch_size = source_settings.pop("batch_size")

@@ -7,18 +7,21 @@ shows in a second.
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.cli.extensions import check_callbacks, check_loggers
-from moco.config.segment import SegmentConfig
+from moco.config.segment import METRICS, METRICS_OF_A_CLASS, SegmentConfig
 from moco.config.train import TrainConfig, TrainerConfig
-from moco.errors import InputError, near_path
+from moco.errors import InputError, near_path, unknown_name
 from moco.extras import install_command
 from moco.phases import LOADING, phase
 from moco.runs.run_folder import LAST_CHECKPOINT, as_override, has_checkpoint
+from moco.segmentation.label_draw import label_draw
+from moco.segmentation.loss_check import check_loss
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +67,70 @@ def check_pretraining(config: TrainConfig, folder: Path) -> None:
         from moco.training.hardware import choose_device
 
         choose_device(config.trainer.accelerator, config.trainer.devices)
+
+
+def check_segmentation(config: SegmentConfig) -> None:
+    """Raise InputError for what is wrong with a segmentation before anything is read.
+
+    What depends on the classes is checked later, in `moco.cli.segmentation_settings`.
+    """
+    check_run(config)
+    trainer = config.trainer
+    if trainer.devices * trainer.num_nodes > 1:
+        raise InputError(f"trainer.devices={trainer.devices}: moco.segment trains on one device")
+    for key in ("compile", "cuda_graphs"):
+        if getattr(trainer, key):
+            raise InputError(
+                f"trainer.{key}=true: moco.segment does not compile its model; expected false"
+            )
+    label_draw(config.label_fraction, config.num_images, config.label_seed)
+    check_loss(config.loss, config.class_weights)
+    check_class_weights(config.class_weights)
+    kind, _, name = config.evaluation.metric.partition("/")
+    is_of_a_class = kind in METRICS_OF_A_CLASS and name
+    if config.evaluation.metric not in METRICS and not is_of_a_class:
+        choices = [*METRICS]
+        choices += [f"{kind}/NAME" for kind in METRICS_OF_A_CLASS]
+        problem = unknown_name("figure", config.evaluation.metric, choices)
+        raise InputError(f"evaluation.metric: {problem}")
+    check_weights(config.checkpoint)
+    check_masked_data(config.data.name, config.data.root)
+
+
+def check_class_weights(class_weights: Any, num_classes: int | None = None) -> None:
+    """Raise InputError if the setting is not auto, null or a list of numbers above 0.
+
+    Args:
+        class_weights: the setting.
+        num_classes: how many numbers there have to be; None: it is not known yet.
+    """
+    if class_weights in (None, "auto"):
+        return
+    numbers = "numbers" if num_classes is None else f"{num_classes} numbers"
+    expected = f"expected auto, null or a list of {numbers} above 0"
+    is_list = isinstance(class_weights, list)
+    if not is_list or (num_classes is not None and len(class_weights) != num_classes):
+        raise InputError(f"class_weights={class_weights}: {expected}, one for each class")
+    for weight in class_weights:
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight < math.inf:
+            raise InputError(f"class_weights={class_weights}: {expected}; {weight} is none")
+
+
+def check_masked_data(name: str | None, root: Any, *, is_trained_on: bool = True) -> None:
+    """Raise InputError if a dataset with masks has no folder, or folders of other names in it.
+
+    Args:
+        name, root: of the dataset. Others than ``segmentation_folder`` are not looked at.
+        is_trained_on: see `check_layout`.
+    """
+    if name != "segmentation_folder":
+        return
+    from moco.segmentation.mask_layout import check_layout
+
+    if not isinstance(root, str):
+        raise InputError(f"data.root={root}: expected the dataset's folder; give data.root=PATH")
+    check_layout(root, is_trained_on=is_trained_on)
 
 
 def check_weights(checkpoint: str | None) -> None:

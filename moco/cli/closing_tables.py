@@ -18,7 +18,7 @@ from moco.config.data import DataConfig
 from moco.config.train import TrainConfig
 from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import ShardedImages
-from moco.data.sources.source import DataSource
+from moco.data.sources.source import DataSource, classes_in_words, numbered_class
 from moco.errors import encodable, printable
 from moco.runs.run_folder import (
     BACKBONE_FILE,
@@ -284,7 +284,8 @@ def rows_of_segmentation(
         if key in figures:
             rows.append((name, shown(figures[key])))
     if len(class_names) <= MAX_CLASSES_SHOWN:
-        rows += [(f"IoU, {name}", shown_iou(figures, name)) for name in class_names]
+        for name, in_words in zip(class_names, classes_in_words(class_names), strict=True):
+            rows.append((f"IoU, {in_words}", shown_iou(figures, name)))
     return rows
 
 
@@ -304,7 +305,8 @@ def metric_in_words(metric: str) -> str:
     """
     kind, _, name = metric.partition("/")
     if name:
-        return f"{'IoU' if kind == 'iou' else 'Dice'} of {printable(name)}"
+        in_words = numbered_class(int(name)) if name.isdecimal() else printable(name)
+        return f"{'IoU' if kind == 'iou' else 'Dice'} of {in_words}"
     return SEGMENT_FIGURES[f"segment/{metric}"]
 
 
@@ -313,6 +315,24 @@ def shown(share: float | None) -> str:
     if share is None:
         return "none: no held-out pixel tells it"
     return f"{share:.4f}"
+
+
+def condition_in_words(key: str, value: Any) -> str:
+    """Return a condition of a measurement as text: a share, a count, a size, a rate or a name.
+
+    Args:
+        key: its name in ``metrics.json``.
+        value: as it is written there.
+    """
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        is_share = "top1" in key or "recall" in key
+        return f"{value:.4f}" if is_share else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool) and not key.endswith("seed"):
+        unit = " px" if key.endswith("image_size") else ""
+        return f"{value:,}{unit}"
+    return str(value)
 
 
 def shown_iou(figures: Mapping[str, Any], class_name: str) -> str:

@@ -24,7 +24,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from moco.config.parsing import CONFIG_DIR, unknown_key
+from moco.config.parsing import CONFIG_DIR, unknown_key, wrong_value
 from moco.errors import InputError, Interrupted, RunError, exit_code, printable, unknown_name
 from moco.extras import install_command
 from moco.runs.run_folder import as_override
@@ -100,16 +100,16 @@ def explain_config(error: Exception, schema: type) -> str:
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
         return explain_key(str(cause.full_key), schema)
     if isinstance(cause, OmegaConfBaseException):
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+        return wrong_value(str(cause.full_key), str(cause).splitlines()[0], schema)
     if isinstance(error, ConfigCompositionException):
         in_file = re.search(
             r"In '(.+?)': .* raised while composing config:\n(.+)\n +full_key: (\S+)", message
         )
         if in_file:
             file, reason, key = in_file.groups()
-            is_unknown = reason.startswith("Key ")
-            reason = unknown_key(key, schema) if is_unknown else f"{key}: {reason}"
-            return f"in {file}.yaml: {reason}"
+            if reason.startswith("Key "):
+                return f"in {file}.yaml: {unknown_key(key, schema)}"
+            return f"in {file}.yaml: {wrong_value(key, reason, schema)}"
     return " ".join(message.split())
 
 

@@ -90,8 +90,8 @@ def short_page(
     Args:
         program: a key of `PROGRAMS`.
         folders: where the YAML files are.
-        chosen: overrides beside the question, such as ``experiment=quickstart``. The page shows the
-            values that they give.
+        chosen: overrides beside the question, such as ``+experiment=quickstart``. The page shows
+            the values that they give.
     """
     texts = {text.key: text for text in program_settings(program)}
     matter = [texts[key] for key in PROGRAMS[program].settings]
@@ -152,7 +152,7 @@ def topic_page(
         if not inside and not choices:
             raise InputError(unknown_key(word, SCHEMAS[program]))
         if choices:
-            lines += section(f"the choices of {word}=NAME")
+            lines += section(f"the choices of {typed_group(word)}=NAME")
             for name, meaning in choices.items():
                 lines.append([(f"  {name}", "cyan")])
                 lines += paragraph(meaning, indent=6)
@@ -199,8 +199,8 @@ def origin_of_values(program: str, chosen: Sequence[str]) -> list[Line]:
     if any(override.lstrip("+").startswith("experiment=") for override in chosen):
         return [*paragraph(f"The values are those of {what}.", indent=2), []]
     lines = paragraph(
-        f"The values are those of {what} without an experiment. experiment=NAME --help shows those "
-        "of an experiment. data.root=DIR without an experiment takes own_images_small, "
+        f"The values are those of {what} without an experiment. +experiment=NAME --help shows "
+        "those of an experiment. data.root=DIR without an experiment takes own_images_small, "
         "own_images_medium or own_images_large, by the number of images.",
         indent=2,
     )
@@ -264,9 +264,14 @@ def groups_lines(program: str, folders: Sequence[Path], chosen: Sequence[str] = 
     _, defaults = composed_values(program, folders, chosen)
     for group in PROGRAMS[program].groups:
         names = " ".join(choices_of_group(program, group, folders))
-        lines.append([(f"  {group}={defaults.get(group, '')}", "cyan")])
+        lines.append([(f"  {typed_group(group)}={defaults.get(group, '')}", "cyan")])
         lines += paragraph(names, indent=6)
     return lines
+
+
+def typed_group(group: str) -> str:
+    """Return a config group as the documentation types it, with the plus of ``+experiment=``."""
+    return f"+{group}" if group == "experiment" else group
 
 
 def closing_lines(program: str) -> list[Line]:

@@ -1,6 +1,7 @@
 """What ``moco.predict`` is given: the images, the folder for their masks, and the devices."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,18 +13,20 @@ from hydra.core.hydra_config import HydraConfig
 from moco.cli.closing_tables import rows_of_segmentation
 from moco.cli.default_outputs import predictions_folder
 from moco.cli.measured_segmenter import build_measured_source, pixel_settings_of
+from moco.cli.start_panel import measured_sizes
 from moco.config.predict import PredictConfig
 from moco.config.pretrained import is_given
 from moco.data.loading.every_image import ImageSet, image_set
 from moco.data.loading.workers import cores_of
 from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.registry import MASKED
-from moco.data.sources.source import Images
+from moco.data.sources.source import ArrayImages, FileImages, Images
 from moco.data.sources.tiles import TileImages
 from moco.errors import InputError, printable
 from moco.evaluation.embedding import FREE_SETTINGS, USUAL_WORKERS, weights_digest
 from moco.evaluation.mask_figures import confusion_of_files
 from moco.evaluation.subject import build_source_of
+from moco.models.swin.window_change import clipped_in_words
 from moco.runs.run_folder import as_override
 from moco.runs.shell_quotes import shell_quoted
 from moco.segmentation.image_parts import RasterImages
@@ -35,7 +38,9 @@ from moco.segmentation.metrics import segmentation_figures
 from moco.segmentation.pixel_classifier import Inference
 from moco.training.hardware import choose_device
 from moco.weights.inflation import check_bands
-from moco.weights.load_segmenter import FineTuned
+from moco.weights.load_segmenter import FineTuned, best_beside
+
+log = logging.getLogger(__name__)
 
 OF_IMAGES_ALONE = (
     "target",
@@ -118,6 +123,33 @@ def build_images(config: PredictConfig, tuned: FineTuned) -> PredictedImages:
     check_bands(tuned.segmenter.model.backbone, values.bands, f"checkpoint={config.checkpoint}")
     folders = [path for path in roots if isinstance(path, str)]
     return PredictedImages(image_set(images), values, folders, masked, ignore_index, data)
+
+
+def say_clipped_windows(backbone: Any, how: Inference, found: PredictedImages) -> None:
+    """Log that attention windows are larger than the maps of some images, if they are.
+
+    Of images that are predicted whole, the headers of some tell the sizes. Of a stream nothing is
+    known before it is read.
+
+    Args:
+        backbone: of the model.
+        how: how the images are predicted.
+        found: the images.
+    """
+    images = found.images.images
+    smallest = None
+    if isinstance(images, (FileImages, ArrayImages, RasterImages)):
+        smallest = min(map(min, measured_sizes(images)), default=None)
+    side = how.window
+    what = f"windows of {side} px"
+    if smallest is not None and (how.mode == "whole" or smallest < side):
+        side = smallest
+        what = f"images of {side} px"
+    elif how.mode == "whole":
+        return
+    text = clipped_in_words(backbone, side, what)
+    if text:
+        log.info("attention window: %s", text)
 
 
 def settings_of(
@@ -214,7 +246,7 @@ def prediction_rows(
     """Return the rows of the closing table.
 
     Args:
-        figures: from `figures_of`.
+        figures: from `figures_of`, with the checkpoint and its epoch.
         how: how the images were predicted.
         class_names: of the model.
         masks: the folder of the predicted masks.
@@ -223,7 +255,11 @@ def prediction_rows(
     images = f"{num_images:,}"
     if num_now < num_images:
         images += f", {num_images - num_now:,} of them were there"
-    rows = [("images", images)]
+    rows = [("checkpoint", f"{figures['checkpoint']}, epoch {figures['epoch']}")]
+    best = best_beside(figures["checkpoint"])
+    if best is not None:
+        rows.append(("best checkpoint", f"not taken: {best}"))
+    rows.append(("images", images))
     num_unreadable = figures["predict/num_unreadable"]
     if num_unreadable:
         rows.append(("unreadable images, left out", f"{num_unreadable:,}"))

@@ -119,7 +119,7 @@ def with_preset(
         reason = f"for {preset.num_images:,} images, since no experiment was chosen"
     replaced = sorted(chosen & set(TUNED_GROUPS))
     yours = f"; your own: {', '.join(replaced)}" if replaced else ""
-    log.info("preset: experiment=%s, %s%s", preset.name, reason, yours)
+    log.info("preset: +experiment=%s, %s%s", preset.name, reason, yours)
     if "data" not in chosen and preset.data != "images":
         say_kind(config.data.root, preset.data)
     text = yaml.safe_dump({**vars(preset), "overrides": lines}, sort_keys=False)
@@ -268,7 +268,7 @@ def is_packed(path: str) -> bool:
 
 def is_class_tree(path: str) -> bool:
     """Return whether a folder holds a training and a validation folder with the same classes."""
-    from moco.data.sources.folders import (
+    from moco.data.sources.split_folders import (
         TRAINING_FOLDERS,
         VALIDATION_FOLDERS,
         first_of,

@@ -46,11 +46,13 @@ class ProgramText:
 PROGRAMS = {
     "train": ProgramText(
         purpose="Pretrain a backbone on images without labels, by Momentum Contrast (MoCo).",
-        usage="[experiment=NAME] [data.root=PATH] [key=value ...]",
+        usage="[+experiment=NAME] [data.root=PATH] [key=value ...]",
         examples={
-            "experiment=quickstart": "Bundled digits and a tiny ResNet: minutes on a CPU.",
+            "+experiment=quickstart": "Bundled digits and a tiny ResNet: minutes on a CPU.",
             "data.root=/data/photos": "Your own images: any folder, without labels.",
-            "-m experiment=quickstart method.temperature=0.1,0.2": "A sweep: a run for each value.",
+            "-m +experiment=quickstart method.temperature=0.1,0.2": (
+                "A sweep: a run for each value."
+            ),
         },
         settings=(
             "data.root",
@@ -266,13 +268,13 @@ PROGRAMS = {
     ),
     "preview": ProgramText(
         purpose="Draw pairs of augmented views as a run with the same settings will see them.",
-        usage="[experiment=NAME] [data.root=PATH] [key=value ...]",
+        usage="[+experiment=NAME] [data.root=PATH] [key=value ...]",
         examples={
             "data.root=/data/photos": "The pairs of your own images.",
-            "experiment=own_images_medium data.root=/data/photos output=pairs.png": (
+            "+experiment=own_images_medium data.root=/data/photos output=pairs.png": (
                 "Your own images."
             ),
-            "experiment=quickstart augmentation=cifar output=pairs.png num_pairs=16": (
+            "+experiment=quickstart augmentation=cifar output=pairs.png num_pairs=16": (
                 "Another augmentation, and more pairs."
             ),
         },

@@ -4,7 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from moco.cli.closing_tables import metric_in_words
 from moco.cli.resuming import Resumed
-from moco.cli.start_panel import describe_batch, describe_steps, print_rows, rows_of_folder
+from moco.cli.start_panel import (
+    Row,
+    describe_batch,
+    describe_steps,
+    print_rows,
+    rows_of_folder,
+)
 from moco.cli.training_run import Run
 from moco.config.segment import SegmentConfig
 
@@ -38,6 +44,7 @@ def print_segmentation_start(
     step = None if resumed is None else resumed.step
     rows = [
         ("backbone", describe_backbone(config, segmenter)),
+        *rows_of_window(config, segmenter, data),
         ("decoder", describe_decoder(segmenter)),
         ("images", describe_images(data)),
         ("classes", describe_classes(data)),
@@ -70,6 +77,22 @@ def describe_backbone(config: SegmentConfig, segmenter: "Segmenter") -> str:
     return ", ".join(parts)
 
 
+def rows_of_window(
+    config: SegmentConfig, segmenter: "Segmenter", data: "SegmentationData"
+) -> list[Row]:
+    """Return a row if attention windows are larger than the maps of crops or held-out images."""
+    from moco.models.swin.window_change import clipped_in_words
+
+    side = data.view.image_size
+    what = f"crops of {side} px"
+    smallest = int(data.source.validation.sizes.min())
+    if config.inference == "whole" and smallest < side:
+        side = smallest
+        what = f"held-out images of {side} px"
+    text = clipped_in_words(segmenter.model.backbone, side, what)
+    return [("window", text)] if text else []
+
+
 def describe_decoder(segmenter: "Segmenter") -> str:
     """Return the decoder's name and its number of parameters."""
     number = sum(weight.numel() for weight in segmenter.model.decoder.parameters())
@@ -90,7 +113,9 @@ def describe_images(data: "SegmentationData") -> str:
 
 def describe_classes(data: "SegmentationData") -> str:
     """Return the number of classes and the names of the first ones."""
-    names = data.source.class_names
+    from moco.data.sources.source import classes_in_words
+
+    names = classes_in_words(data.source.class_names)
     shown = ", ".join(names[:MOST_CLASSES])
     if len(names) > MOST_CLASSES:
         shown += ", ..."

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moco.cli.checks import check_class_weights
 from moco.config.segment import SegmentConfig
+from moco.data.sources.source import classes_in_words
 from moco.errors import InputError, printable, unknown_name
 from moco.runs.atomic_files import write_atomically
 from moco.runs.training_set import counted
 from moco.segmentation.mask_sources import SegmentationSource
-from moco.segmentation.metrics import SCORES, SCORES_OF_A_CLASS
 from moco.segmentation.pixel_losses import balanced_class_weights
 from moco.segmentation.segmentation_data import SegmentationData
 
@@ -42,23 +43,17 @@ def resolved_class_weights(setting: Any, source: SegmentationSource) -> list[flo
     if setting == "auto":
         weights = balanced_class_weights(source.class_pixels)
         shown = []
-        for name, weight in zip(names, weights, strict=True):
+        for name, weight in zip(classes_in_words(names), weights, strict=True):
             shown.append(f"{printable(name)} {weight:.3g}")
         rest = "" if len(shown) <= MOST_SHOWN else f" and {len(shown) - MOST_SHOWN} more"
         log.info("class weights (auto): %s%s", ", ".join(shown[:MOST_SHOWN]), rest)
         return weights
-    expected = f"expected auto, null or a list of {len(names)} numbers above 0"
-    if not isinstance(setting, list) or len(setting) != len(names):
-        raise InputError(f"class_weights={setting}: {expected}, one for each class")
-    for weight in setting:
-        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not is_number or not 0 < weight < math.inf:
-            raise InputError(f"class_weights={setting}: {expected}; {weight} is none")
+    check_class_weights(setting, len(names))
     return [float(weight) for weight in setting]
 
 
 def check_metric(metric: str, class_names: Sequence[str]) -> None:
-    """Check that the figure which chooses the best checkpoint will be there.
+    """Check that the dataset's classes have the figure which chooses the best checkpoint.
 
     Args:
         metric: ``evaluation.metric`` of the config.
@@ -71,15 +66,10 @@ def check_metric(metric: str, class_names: Sequence[str]) -> None:
         raise InputError(
             f"evaluation.metric=auc: needs two classes, and the dataset has {len(class_names)}"
         )
-    kind, _, name = metric.partition("/")
-    if kind in SCORES_OF_A_CLASS and name:
-        if name not in class_names:
-            problem = unknown_name("class", name, class_names)
-            raise InputError(f"evaluation.metric={metric}: {problem}")
-    elif metric not in (*SCORES, "auc"):
-        choices = [*SCORES, "auc"]
-        choices += [f"{kind}/NAME" for kind in SCORES_OF_A_CLASS]
-        raise InputError(f"evaluation.metric: {unknown_name('figure', metric, choices)}")
+    _, _, name = metric.partition("/")
+    if name and name not in class_names:
+        problem = unknown_name("class", name, class_names)
+        raise InputError(f"evaluation.metric={metric}: {problem}")
 
 
 def tell_of_draw(data: SegmentationData, config: SegmentConfig) -> None:

@@ -248,15 +248,8 @@ def formats_of(images: "Images") -> Counter[str]:
 
 def sizes_of(images: "Images") -> str:
     """Return the smallest and the largest size among some images; nothing if none can be read."""
-    from moco.data.files.images import UnreadableImage
-
-    stride = max(1, len(images) // NUM_MEASURED)
     found = []
-    for index in range(0, len(images), stride):
-        try:
-            height, width = images.opened(index).size
-        except UnreadableImage:
-            continue
+    for height, width in measured_sizes(images):
         found.append((width * height, width, height))
     if not found:
         return ""
@@ -264,8 +257,22 @@ def sizes_of(images: "Images") -> str:
     for _, width, height in (min(found), max(found)):
         shown.append(f"{width} x {height}")
     sizes = " to ".join(dict.fromkeys(shown)) + " px"
-    if stride > 1:
+    if len(images) // NUM_MEASURED > 1:
         sizes += f" ({len(found)} of them looked at)"
+    return sizes
+
+
+def measured_sizes(images: "Images") -> list[tuple[int, int]]:
+    """Return (height, width), px, of some images, evenly spaced, without the unreadable ones."""
+    from moco.data.files.images import UnreadableImage
+
+    stride = max(1, len(images) // NUM_MEASURED)
+    sizes = []
+    for index in range(0, len(images), stride):
+        try:
+            sizes.append(images.opened(index).size)
+        except UnreadableImage:
+            continue
     return sizes
 
 

@@ -8,6 +8,8 @@ import dataclasses
 import difflib
 import math
 import operator
+import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar, cast, get_origin
 
@@ -47,6 +49,12 @@ LIMITS = {
     "at_most": operator.le,
 }
 """What has to hold between a value and each limit of `setting`."""
+NO_NUMBER = re.compile(r"Value '(.*)' of type '\w+' could not be converted to (Float|Integer)")
+"""What OmegaConf says of a value that is no number."""
+NUMBER_AND_REST = re.compile(
+    r"\s*([+-]?\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(?:/\s*(\d+)|(%)|[A-Za-z]*)\s*"
+)
+"""A number with a divisor, a percent sign or a unit behind it: ``1/20``, ``5%``, ``224px``."""
 
 
 def register_schemas() -> None:
@@ -92,7 +100,8 @@ def parse(composed: DictConfig, schema: type[T]) -> T:
     except ConfigKeyError as error:
         raise InputError(unknown_key(str(error.full_key), schema)) from error
     except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        problem = wrong_value(str(error.full_key), str(error).splitlines()[0], schema)
+        raise InputError(problem) from error
     check_limits(config)
     resolve_paths(config)
     return cast(T, config)
@@ -121,9 +130,78 @@ def check_limits(config: Any, prefix: str = "") -> None:
         if "choices" in limits:
             if value not in limits["choices"]:
                 raise InputError(f"{key}: {unknown_name('value', value, limits['choices'])}")
-        elif not all(LIMITS[name](value, limit) for name, limit in limits.items()):
-            words = [f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items()]
-            raise InputError(f"{key}={value}: expected a number {' and '.join(words)}")
+        elif not is_within(value, limits):
+            raise InputError(f"{key}={value}: expected a number{in_words(limits)}")
+
+
+def is_within(value: Any, limits: Mapping[str, Any]) -> bool:
+    """Return whether a number keeps to the limits of its `setting`."""
+    return all(LIMITS[name](value, limit) for name, limit in limits.items())
+
+
+def in_words(limits: Mapping[str, Any]) -> str:
+    """Return the limits of a number as the end of a phrase, such as `` above 0 and at most 1``."""
+    words = [f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items()]
+    return f" {' and '.join(words)}" if words else ""
+
+
+def wrong_value(full_key: str, reason: str, schema: type) -> str:
+    """Return a sentence about a value of a wrong type: what is expected, and the nearest value.
+
+    Args:
+        full_key: the dotted key.
+        reason: the first line of what OmegaConf says.
+        schema: of the program.
+    """
+    refused = NO_NUMBER.fullmatch(reason)
+    item = field_of(re.sub(r"\[\d+\]$", "", full_key), schema)
+    if refused is None or item is None:
+        return f"{full_key}: {reason}"
+    value, kind = refused.groups()
+    whole = "whole " if kind == "Integer" else ""
+    expected = f"expected a {whole}number{in_words(item.metadata)}"
+    nearest = nearest_number(value, kind == "Integer", item.metadata)
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    return f"{full_key}={value}: {expected}{hint}"
+
+
+def field_of(full_key: str, schema: type) -> "dataclasses.Field[Any] | None":
+    """Return the field of a dotted key; None if the schema has none of that name."""
+    *groups, name = full_key.split(".")
+    kind: Any = schema
+    for group in groups:
+        types = {item.name: item.type for item in dataclasses.fields(kind)}
+        kind = types.get(group)
+        if not dataclasses.is_dataclass(kind):
+            return None
+    for item in dataclasses.fields(kind):
+        if item.name == name:
+            return item
+    return None
+
+
+def nearest_number(value: str, is_whole: bool, limits: Mapping[str, Any]) -> str:
+    """Return the number that a text seems to mean, such as 0.05 for ``5%``; empty: there is none.
+
+    Args:
+        value: the text.
+        is_whole: a whole number is expected.
+        limits: of the setting.
+    """
+    found = NUMBER_AND_REST.fullmatch(value)
+    if found is None:
+        return ""
+    number, divisor, percent = float(found[1]), float(found[2] or 1), found[3]
+    if percent:
+        divisor = 100
+    if divisor == 0:
+        return ""
+    meant = number / divisor
+    if not math.isfinite(meant) or not is_within(meant, limits):
+        return ""
+    if is_whole:
+        return str(int(meant)) if meant.is_integer() and not percent else ""
+    return f"{meant:g}"
 
 
 def unknown_key(full_key: str, schema: type) -> str:

@@ -10,6 +10,11 @@ from moco.config.pretrained import PretrainedBackboneConfig
 from moco.config.settings import setting
 from moco.config.train import LoggerOptionsConfig, SlurmConfig, TrainerConfig
 
+METRICS = ("miou", "dice", "pixel_accuracy", "class_accuracy", "auc")
+"""The figures of all classes that can choose the best checkpoint."""
+METRICS_OF_A_CLASS = ("iou", "dice")
+"""Those of one class: ``iou/NAME``."""
+
 
 @dataclass
 class DecoderConfig:

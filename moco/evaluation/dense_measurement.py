@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
-from moco.data.sources.source import PIXEL_SETTINGS
+from moco.data.sources.source import PIXEL_SETTINGS, classes_in_words
 from moco.errors import InputError
 from moco.evaluation.dense_bank import knn_scores
 from moco.evaluation.dense_features import (
@@ -91,15 +91,15 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
     protocol["dense/linear_weight_decay"] = weight_decay
     rows = []
     for name, knn_iou, linear_iou in zip(
-        names, knn_ious.values(), linear_ious.values(), strict=True
+        classes_in_words(names), knn_ious.values(), linear_ious.values(), strict=True
     ):
         rows.append((name, shown(knn_iou), shown(linear_iou)))
     return Findings(
-        "segmentation by frozen patch features",
+        "Segmentation by frozen patch features",
         scores | linear_scores,
         protocol,
         knn_ious | linear_ious,
-        [table_of("intersection over union", ("class", "kNN", "linear head"), rows)],
+        [table_of("Intersection over union (IoU)", ("class", "kNN", "linear head"), rows)],
         headline=dense_headline({**scores, **linear_scores}),
     )
 

@@ -245,12 +245,12 @@ def grid_findings(
         for k, shown in top1.items():
             rows.append([feature, k, *(shown.get(temperature, "") for temperature in temperatures)])
     title = (
-        f"top-1 of {len(searched.queries.rows):,} queries ({searched.kind}) "
+        f"Top-1 of {len(searched.queries.rows):,} queries ({searched.kind}) "
         f"by a bank of {len(searched.bank.rows):,}, "
         f"{settings['encoder']} encoder, {settings['index']} index"
     )
     columns = ["feature", "k", *(f"T {temperature:g}" for temperature in temperatures)]
-    return figures, table_of(title, columns, rows)
+    return figures, table_of(title, columns, rows, texts=("feature",))
 
 
 def measure_few_labels(
@@ -289,7 +289,7 @@ def measure_few_labels(
     if not rows:
         return {}, []
     title = (
-        f"top-1 with few labels, {settings['feature']} feature, "
+        f"Top-1 with few labels, {settings['feature']} feature, "
         f"T {temperature:g}, {settings['num_draws']} draws"
     )
     columns = ("images per class", "bank", "k", "mean", "standard deviation")
@@ -354,6 +354,7 @@ def classification_findings(
         )
     classes, confusion = confusion_matrix(queries.labels, votes.predicted)
     class_names = [queries.labelled.class_name(number) for number in classes]
+    in_words = [queries.labelled.class_in_words(number) for number in classes]
     write_confusion = partial(
         np.savez,
         classes=classes,
@@ -369,7 +370,7 @@ def classification_findings(
         scores={f"{group}/{name}": share for name, share in votes.top(num_neighbors).items()},
         protocol={f"{group}/{name}": value for name, value in conditions.items()},
         details=details,
-        tables=[*tables, *class_tables(class_names, confusion)],
+        tables=[*tables, *class_tables(in_words, confusion)],
         headline=f"{title}: top-1 {100 * votes.accuracy(1):.1f} %",
         files={"confusion.npz": write_confusion},
     )
@@ -387,9 +388,9 @@ def precision_table(average_precision: np.ndarray, queries: Embedded) -> Table:
     for number in order[:NUM_WORST].tolist():
         if num_queries[number] == 0:
             continue
-        name = printable(queries.labelled.class_name(number))
+        name = printable(queries.labelled.class_in_words(number))
         rows.append([name, f"{average_precision[number]:.4f}", f"{num_queries[number]:,}"])
-    title = "classes with the lowest average precision"
+    title = "Classes with the lowest average precision"
     return table_of(title, ("class", "average precision", "queries"), rows)
 
 
@@ -408,7 +409,7 @@ def class_tables(class_names: Sequence[str], confusion: np.ndarray) -> list[Tabl
     for place in np.argsort(accuracy, kind="stable")[:NUM_WORST]:
         true = present[place]
         rows.append([classes[true], f"{accuracy[place]:.4f}", f"{totals[true]:,}"])
-    tables = [table_of("classes with the lowest top-1", ("class", "top-1", "queries"), rows)]
+    tables = [table_of("Classes with the lowest top-1", ("class", "top-1", "queries"), rows)]
 
     # Without the diagonal only mistakes are left.
     mistakes = confusion - np.diag(confusion.diagonal())
@@ -418,5 +419,6 @@ def class_tables(class_names: Sequence[str], confusion: np.ndarray) -> list[Tabl
         if count := mistakes[true, taken_for]:
             rows.append([classes[true], classes[taken_for], f"{count:,} of {totals[true]:,}"])
     if rows:
-        tables.append(table_of("most confused classes", ("class", "taken for", "queries"), rows))
+        columns = ("class", "taken for", "queries")
+        tables.append(table_of("Most confused classes", columns, rows, texts=columns[:2]))
     return tables

@@ -158,8 +158,8 @@ def figures_table(
             # A run's own figure is of the training, see docs/evaluation.md.
             "alignment": "0: equal views, 2: unrelated; a run's own has two encoders",
         }
-    title = f"without labels, of {features[0]:,} images"
+    title = f"Figures without labels, of {features[0]:,} images"
     rows = []
     for name, value in figures.items():
         rows.append([name, f"{value:.4f}", expected[name.removeprefix("label_free/")]])
-    return table_of(title, ("figure", "value", "range"), rows)
+    return table_of(title, ("figure", "value", "range"), rows, texts=("figure", "range"))

@@ -98,7 +98,7 @@ def measure_linear(subject: Subject) -> Findings:
     scores = chosen.logits(query_rows)[:, :, 0].cpu().numpy()
     return classification_findings(
         "linear",
-        "linear classification of frozen features",
+        "Linear classification of frozen features",
         votes_of(scores, classes, class_places(classes, queries.labels)),
         queries,
         conditions,
@@ -214,12 +214,9 @@ def log_edge_of_grid(best: Head, lrs: Sequence[float]) -> None:
 
 def grid_table(grid: Sequence[Head], num_epochs: int) -> Table:
     """Return a table of the accuracy on held-out images by learning rate and weight decay."""
-    title = (
-        f"top-1 on held-out training images after {num_epochs} epochs: "
-        "learning rate by row, weight decay by column"
-    )
+    title = f"Held-out top-1 after {num_epochs:,} epochs, by lr (rows) and weight decay (columns)"
     decays = sorted({head.weight_decay for head in grid})
-    columns = ["", *(f"{decay:g}" for decay in decays)]
+    columns = ["lr", *(f"{decay:g}" for decay in decays)]
     rows = []
     for lr, heads in itertools.groupby(grid, key=lambda head: head.lr):
         rows.append([f"{lr:g}", *(f"{head.accuracy:.4f}" for head in heads)])

@@ -209,7 +209,7 @@ def measure_linear_official(subject: Subject) -> Findings:
     }
     return classification_findings(
         "linear_official",
-        "linear classification, official protocol, last epoch",
+        "Linear classification, official protocol, last epoch",
         test_votes(),
         queries,
         conditions,

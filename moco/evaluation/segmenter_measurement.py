@@ -15,6 +15,7 @@ from torch import Tensor
 from moco.data.augment.views import Normalized
 from moco.data.files.written_files import SOFTWARE
 from moco.data.sources.pixel_values import PixelValues
+from moco.data.sources.source import classes_in_words
 from moco.errors import InputError, printable
 from moco.evaluation.image_figures import PER_IMAGE, ImageFigures
 from moco.evaluation.reports.plots import legible
@@ -193,7 +194,7 @@ def findings_of(
             f"the commonest class everywhere has {100 * commonest:.1f} %"
         )
     table = table_of_classes(source.class_names, of_classes)
-    title = "segmentation by a fine-tuned model"
+    title = "Segmentation by a fine-tuned model"
     return Findings(title, scores, protocol, of_classes, [table], headline)
 
 
@@ -238,13 +239,13 @@ def table_of_classes(class_names: Sequence[str], figures: Mapping[str, float | N
         figures: see `moco.segmentation.metrics.segmentation_figures`.
     """
     rows = []
-    for name in class_names:
-        row = [name]
+    for name, in_words in zip(class_names, classes_in_words(class_names), strict=True):
+        row = [in_words]
         for kind in SCORES_OF_A_CLASS:
             figure = figures[f"segment/{kind}/{name}"]
             row.append("not there" if figure is None else f"{figure:.4f}")
         rows.append(row)
-    title = "each class: intersection over union, Dice (F1)"
+    title = "Intersection over union (IoU) and Dice (F1)"
     return table_of(title, ("class", "IoU", "Dice"), rows)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 import torch
-from rich.box import SIMPLE_HEAD
+from rich.box import SQUARE
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Findings:
     scores: Mapping[str, float | None]
     """Shown with four decimals, and written to ``metrics.json``."""
     protocol: Mapping[str, Any]
-    """The conditions of the scores, shown and written as they are."""
+    """The conditions of the scores, shown in words and written as they are."""
     details: Mapping[str, Any]
     """Written to ``metrics.json``, not shown."""
     tables: list[Table]
@@ -75,12 +75,25 @@ class Findings:
     """For the run folder: a function that writes each, by file name."""
 
 
-def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """Return a table with columns that are aligned to the right."""
+def table_of(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    texts: Collection[str] = ("class",),
+) -> Table:
+    """Return a table in the style of all closing tables: numbers are aligned to the right.
+
+    Args:
+        title: begins with a capital letter, unless its first word is a name such as kNN.
+        columns: their names.
+        rows: the cells of each row.
+        texts: names of the columns that hold text, which is aligned to the left.
+    """
     shown_title = Text(encodable(title), "table.title")
-    table = Table(title=shown_title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=shown_title, title_justify="left", box=SQUARE)
     for name in columns:
-        table.add_column(Text(encodable(name)), justify="right")
+        is_text = name in texts
+        table.add_column(Text(encodable(name)), justify="left" if is_text else "right")
     for row in rows:
         # As `Text`, because rich would take the brackets of a name for its markup.
         table.add_row(*(Text(printable(str(cell))) for cell in row))

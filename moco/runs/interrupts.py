@@ -30,6 +30,8 @@ came_early: list[int] = []
 
 They are kept because the exception may get lost: libraries catch all errors of an import.
 """
+works = ["step"]
+"""What runs now. The last one ends before a signal is obeyed, see `measuring`."""
 
 
 class StopRequest:
@@ -115,13 +117,24 @@ class StopRequest:
             return
         self.request(number)
         name = signal.Signals(number).name
-        log.warning("%s: stopping after this step%s%s", name, self._step_time(), advice)
+        log.warning("%s: stopping after this %s%s", name, self._running_work(), advice)
 
-    def _step_time(self) -> str:
-        """Return how long a step takes, in words, or nothing."""
-        if self.seconds_per_step is None or self.seconds_per_step < LONG_STEP:
-            return ""
-        return f" (a step takes about {about(self.seconds_per_step)})"
+    def _running_work(self) -> str:
+        """Return what runs now, in words; of a step that takes long also how long."""
+        work = works[-1]
+        if work != "step" or self.seconds_per_step is None or self.seconds_per_step < LONG_STEP:
+            return work
+        return f"step (a step takes about {about(self.seconds_per_step)})"
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Inside the ``with`` block a signal says that the run stops after this measurement."""
+    works.append("measurement")
+    try:
+        yield
+    finally:
+        works.pop()
 
 
 def listen_early(signals: Iterable[int]) -> None:

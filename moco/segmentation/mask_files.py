@@ -23,6 +23,18 @@ LEGEND = "classes.json"
 RECORD = "predict.json"
 """What the masks belong to: settings, weights and data, as plain data."""
 LOCK = ".lock"
+CHECKPOINT = "checkpoint"
+TYPED_NAMES = {
+    "weights": CHECKPOINT,
+    "inference.mode": "inference",
+    "inference.window": "image_size",
+    "inference.blend": "blend",
+    "inference.scales": "tta_scales",
+    "inference.flip": "tta_flip",
+    "inference.batch_size": "batch_size",
+    "inference.max_forward_pixels": "max_forward_pixels",
+}
+"""The settings of ``moco.predict`` that decide what stands in the record."""
 KINDS = ("none", "npz", "tiff")
 """How probabilities are written."""
 NUM_COLOURS = 256  # of a palette
@@ -181,13 +193,43 @@ def check_is_ours(folder: Path) -> None:
 
 def check_same(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise InputError if the masks in a folder are of other settings, weights or data."""
-    old, new = flattened(there), flattened(here)
+    old, new = as_typed(there), as_typed(here)
     for key in sorted(old | new):
-        if old.get(key) != new.get(key):
-            raise InputError(
-                f"output={printable(str(folder))} holds masks of another prediction "
-                f"({key}: {old.get(key)} there, {new.get(key)} here); choose another output"
-            )
+        if old.get(key) == new.get(key):
+            continue
+        what = f"{key}: {in_yaml(old.get(key))} there, {in_yaml(new.get(key))} here"
+        if key == CHECKPOINT:
+            what = f"{key}: other weights"
+        raise InputError(
+            f"output={printable(str(folder))} holds masks of another prediction ({what}); "
+            "choose another output"
+        )
+
+
+def as_typed(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what masks depend on under the names of the settings of ``moco.predict``.
+
+    Args:
+        about: as `RECORD` holds it.
+    """
+    typed = {}
+    for key, value in flattened(about).items():
+        name = TYPED_NAMES.get(key, key)
+        if key.startswith("values."):
+            name = f"{key.removeprefix('values.')} of the images"
+        typed[name] = value
+    scales, flip = typed.pop("tta_scales", [1.0]), typed.pop("tta_flip", False)
+    typed["tta"] = flip or scales != [1.0]
+    if typed["tta"]:
+        typed |= {"tta_scales": scales, "tta_flip": flip}
+    return typed
+
+
+def in_yaml(value: Any) -> str:
+    """Return a plain value as a user types it: true, null, a number, a text or a list."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def write_mask(file: BinaryIO, classes: np.ndarray, colours: np.ndarray) -> None:

@@ -29,21 +29,22 @@ from moco.data.files.images import (
 from moco.data.files.listing import list_images
 from moco.data.files.text_files import read_text
 from moco.data.sources.arrays import torchvision_dataset
-from moco.data.sources.folders import (
+from moco.data.sources.folders import is_held_out
+from moco.data.sources.pixel_values import PixelValues
+from moco.data.sources.registry import MASKED
+from moco.data.sources.sample import prepare_source
+from moco.data.sources.source import DataSource
+from moco.data.sources.split_folders import (
     TRAINING_FOLDERS,
     VALIDATION_FOLDERS,
     find_split,
     first_of,
     folders_in,
-    is_held_out,
 )
-from moco.data.sources.pixel_values import PixelValues
-from moco.data.sources.registry import MASKED
-from moco.data.sources.sample import prepare_source
-from moco.data.sources.source import DataSource
 from moco.errors import InputError, printable, unknown_name
 from moco.phases import counted
 from moco.segmentation.label_draw import LabelDraw
+from moco.segmentation.mask_layout import check_layout
 from moco.segmentation.masked_images import MaskedImages, Pair
 
 log = logging.getLogger(__name__)
@@ -254,12 +255,7 @@ def list_segmentation_folder(
     """
     images = Path(root, "images")
     masks = Path(root, "masks")
-    for folder in (images, masks):
-        if not folder.is_dir():
-            raise InputError(
-                f"data.root={root}: there is no folder {folder.name} in it; "
-                f"expected the folders images and masks{other_layout(root)}"
-            )
+    check_layout(root, is_trained_on=is_trained_on, part=part)
     # Only the folders below images decide.
     split = find_split(images, has_classes=False)
     if part is not None:
@@ -267,11 +263,6 @@ def list_segmentation_folder(
             problem = unknown_name("folder below images", part, folders_in(images))
             raise InputError(f"evaluation.part: {problem}")
         split = split._replace(validation=part)
-    if split.validation and not split.train and is_trained_on:
-        raise InputError(
-            f"data.root={root}: there is a folder images/{split.validation}, but none to "
-            f"train on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
-        )
     names_file = Path(root, "classes.txt")
     names = read_class_names(names_file)
     if not is_trained_on:
@@ -284,18 +275,6 @@ def list_segmentation_folder(
         return Listing(*hold_out_a_tenth(pairs), names, str(names_file))
     held_out = pair_files(*parts_of(split.validation, images, masks, VALIDATION_FOLDERS))
     return Listing(list(pairs.values()), list(held_out.values()), names, str(names_file))
-
-
-def other_layout(root: str) -> str:
-    """Return the end of a message that tells of images on another level, or nothing."""
-    for part in folders_in(root):
-        if Path(root, part, "images").is_dir():
-            return f"; {part}/images is there: expected images/{part} and masks/{part}"
-    folder = Path(root)
-    for above in (folder.parent, folder.parent.parent):
-        if (above / "images").is_dir() and (above / "masks").is_dir():
-            return f"; they are in data.root={above}"
-    return ""
 
 
 def parts_of(

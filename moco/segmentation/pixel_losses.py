@@ -5,7 +5,6 @@ classes or `ignore_index`. Every loss leaves out the pixels without a class, and
 no others.
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
 
@@ -13,11 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.errors import InputError
-from moco.extras import install_command
-
-LIBRARY_LOSSES = ("ce_dice", "dice", "lovasz")
-"""Those that segmentation_models_pytorch computes."""
 FOCAL_GAMMA = 2.0
 """The best of the focal loss's paper, arXiv 1708.02002, table 1b."""
 ENET_OFFSET = 1.02
@@ -70,29 +64,6 @@ class SegmentationLoss(nn.Module):
             return dice
         assert self.name == "ce_dice", self.name  # the schema has no other
         return pixel_cross_entropy(logits, classes, *settings) + dice
-
-
-def check_loss(name: str, class_weights: object) -> None:
-    """Check that a loss can be computed here, and that it takes the weights.
-
-    Args:
-        name: of the loss.
-        class_weights: the setting; None: there are no weights.
-
-    Raises:
-        InputError: a package is missing, or the loss has no weights.
-    """
-    is_missing = importlib.util.find_spec("segmentation_models_pytorch") is None
-    if name in LIBRARY_LOSSES and is_missing:
-        raise InputError(
-            f"loss={name}: segmentation_models_pytorch is not installed: "
-            f"{install_command('segment')}; loss=ce and focal do not need it"
-        )
-    if name == "lovasz" and class_weights is not None:
-        raise InputError(
-            f"class_weights={class_weights}: loss=lovasz has none, because it is a mean over the "
-            "classes already; expected null"
-        )
 
 
 def pixel_cross_entropy(

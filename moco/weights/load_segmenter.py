@@ -9,7 +9,7 @@ from moco.errors import InputError, unknown_name
 from moco.models.swin.window_change import rewindow
 from moco.runs.checkpoint_files import read_checkpoint
 from moco.runs.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT
-from moco.segmentation.image_segmenter import ImageSegmenter
+from moco.segmentation.image_segmenter import ImageSegmenter, said_in_python
 from moco.segmentation.pixel_classifier import LARGEST_FORWARD, Inference
 from moco.segmentation.segmenter import Segmenter
 from moco.targets import check_named
@@ -42,6 +42,7 @@ def load_segmenter(
     batch_size: int = 1,
     max_forward_pixels: int = LARGEST_FORWARD,
     window_size: Any = None,
+    value_range: Any = None,
     target: str | None = None,
     trust_targets: bool = False,
 ) -> ImageSegmenter:
@@ -57,6 +58,8 @@ def load_segmenter(
         batch_size: windows in a forward pass.
         max_forward_pixels: an image with more pixels is predicted by windows.
         window_size: other attention windows of a Swin, cells.
+        value_range: ``(low, high)``, the values of an image that become 0 and 1, or such a pair for
+            each band; None: as in the run, which is 0 to 255 for 8-bit images.
         target: the function that makes a backbone of your own, as the checkpoint names it.
         trust_targets: import that function without its being named here. It runs then.
 
@@ -77,9 +80,13 @@ def load_segmenter(
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / LAST_CHECKPOINT
-    tuned = load_fine_tuned(
-        str(path), window_size=window_size, target=target, trust_targets=trust_targets
-    )
+    with said_in_python():
+        tuned = load_fine_tuned(
+            str(path), window_size=window_size, target=target, trust_targets=trust_targets
+        )
+    data = dict(tuned.config["data"])
+    if value_range is not None:
+        data["value_range"] = value_range
     how = inference_of(
         tuned,
         inference=inference,
@@ -89,7 +96,7 @@ def load_segmenter(
         batch_size=batch_size,
         max_forward_pixels=max_forward_pixels,
     )
-    return ImageSegmenter(tuned.segmenter, tuned.config["data"], how)
+    return ImageSegmenter(tuned.segmenter, data, how)
 
 
 def load_fine_tuned(
@@ -134,12 +141,21 @@ def load_fine_tuned(
     return FineTuned(segmenter.eval(), learned, content["config"], epoch, content["global_step"])
 
 
-def tell_of_best(path: str | Path, epoch: int) -> None:
+def tell_of_best(path: str, epoch: int) -> None:
     """Log that a run has a best checkpoint, if its last one is loaded."""
+    best = best_beside(path)
+    if best is not None:
+        name = Path(path).name
+        log.info("the model is %s of epoch %d; the best one is %s", name, epoch, best)
+
+
+def best_beside(path: str) -> Path | None:
+    """Return the best checkpoint of a run if `path` is its last one, and not its best one."""
     last = Path(path)
     best = last.with_name(BEST_CHECKPOINT.name)
     if last.name == LAST_CHECKPOINT.name and best.is_file():
-        log.info("the model is %s of epoch %d; the best one is %s", last.name, epoch, best)
+        return best
+    return None
 
 
 def inference_of(

@@ -152,7 +152,7 @@ def test_a_whole_run_shows_it_and_may_continue_without_it(runner, halves, tmp_pa
         ("monitor.dense.root=null", "monitor.dense.root=None: expected the dataset's folder"),
         (
             "monitor.dense.root=/nowhere",
-            "monitor.dense.root=/nowhere: there is no folder images in it",
+            "monitor.dense.root=/nowhere: no such folder",
         ),
         ("monitor.dense.maps=[5]", r"monitor.dense.maps=\[5\]: expected numbers from 1"),
         (

@@ -9,11 +9,11 @@ from PIL import Image
 from moco.callbacks.feature_plots import FeaturePlots
 from moco.data.sources.source import ArrayImages, Labelled
 from moco.evaluation.reports.cards import FRAME, TILE_CAPTION, VIEW_SIDES
-from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded, neighbors_plot
+from moco.evaluation.reports.embedded import GAP, SPACE, THUMBNAIL, Embedded, neighbors_plot
 from moco.evaluation.reports.plots import MARGIN, pixels
 
 SIDE = VIEW_SIDES[0]
-FIRST_NEIGHBOR = MARGIN + THUMBNAIL + MARGIN + GAP
+FIRST_NEIGHBOR = MARGIN + THUMBNAIL + SPACE + GAP
 
 
 @pytest.fixture
@@ -35,12 +35,16 @@ def test_neighbors_are_shown_with_their_own_images_also_after_an_unreadable_one(
     shown, rows = np.array([5]), np.array([[5, 20]])
     figure = neighbors_plot(embedded, embedded, shown, np.array([[1.0, 0.9]]), rows)
     captions = [(text.get_text(), text.get_color()) for text in figure.texts]
-    assert captions == [("class 0", "black"), ("1.00 0", "#007a3d"), ("0.90 1", "#be1e1e")]
+    assert captions == [
+        ("class 0", "black"),
+        ("1.00 class 0", "#007a3d"),
+        ("0.90 class 1", "#be1e1e"),
+    ]
     named = embedded._replace(
         labelled=replace(embedded.labelled, class_names=("a$b", "tailor bird"))
     )
     figure = neighbors_plot(named, named, shown, np.array([[1.0, 0.9]]), rows)
-    assert [text.get_text() for text in figure.texts] == [r"a\$b", r"1.00 a\$b", "0.90 tailo…"]
+    assert [text.get_text() for text in figure.texts] == [r"a\$b", r"1.00 a\$b", "0.90 tailor b…"]
     drawn = pixels(figure)
     level = int(embedded.labelled.images[6][0, 0, 0])
     assert drawn[MARGIN, MARGIN, 0] == drawn[MARGIN, FIRST_NEIGHBOR, 0] == level

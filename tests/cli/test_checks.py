@@ -1,21 +1,31 @@
 """What a run is held to before its first step."""
 
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import moco.evaluate
+import moco.predict
+import moco.segment
 from moco.cli.checks import (
     advise_window,
+    check_class_weights,
     check_deterministic,
     check_deterministic_segmentation,
     check_same_images,
 )
+from moco.config.predict import PredictConfig
+from moco.config.pretrained import EvaluateConfig
+from moco.config.segment import METRICS, METRICS_OF_A_CLASS, SegmentConfig, SegmentEvaluationConfig
 from moco.config.train import TrainerConfig
 from moco.data.sources.shards import ShardedImages
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
+from moco.segmentation.metrics import SCORES, SCORES_OF_A_CLASS
 from tests.conftest import thinned
 
 
@@ -151,3 +161,84 @@ def test_pytorch_itself_names_the_operations_without_a_deterministic_form():
     )[1]
     assert ":class:`torch.nn.AdaptiveAvgPool2d`" in refused
     assert "- ``bicubic``" in refused
+
+
+@pytest.fixture
+def no_heavy_imports(monkeypatch):
+    """What the programs import after their first checks cannot be imported."""
+    for name in ("build_segmentation", "predicted_images", "measured_segmenter"):
+        monkeypatch.setitem(sys.modules, f"moco.cli.{name}", None)
+
+
+def wrong_segmentation(root, **settings):
+    """A config of moco.segment with random weights."""
+    config = SegmentConfig(checkpoint=None)
+    config.data.name, config.data.root = "segmentation_folder", str(root)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"label_fraction": 0.1, "num_images": 3}, "label_fraction=0.1 and num_images=3"),
+        ({"label_seed": 1}, "label_seed=1: without label_fraction or num_images"),
+        (
+            {"class_weights": "balanced"},
+            "class_weights=balanced: expected auto, null or a list of numbers above 0, one for",
+        ),
+        ({"class_weights": [1, "a"]}, "class_weights=[1, 'a']: expected auto, null or a list"),
+        ({"loss": "lovasz", "class_weights": "auto"}, "class_weights=auto: loss=lovasz has none"),
+        ({"checkpoint": "nowhere.ckpt"}, "checkpoint=nowhere.ckpt: no such file"),
+        ({"evaluation": SegmentEvaluationConfig(metric="miuo")}, "evaluation.metric: unknown"),
+        ({"evaluation": SegmentEvaluationConfig(metric="iou/")}, "evaluation.metric: unknown"),
+    ],
+)
+def test_a_wrong_segmentation_is_refused_before_the_libraries_are_loaded(
+    settings, said, tmp_path, no_heavy_imports
+):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"^{re.escape(said)}"):
+        moco.segment.run(wrong_segmentation(tmp_path, **settings), tmp_path / "run")
+
+
+def test_a_wrong_layout_is_refused_before_the_libraries_are_loaded(tmp_path, no_heavy_imports):
+    root = tmp_path / "roads"
+    config = wrong_segmentation(tmp_path / "rods")
+    root.mkdir()
+    with pytest.raises(InputError, match=f"rods: no such folder; did you mean '{root}'"):
+        moco.segment.run(config, tmp_path / "run")
+    (root / "images" / "val").mkdir(parents=True)
+    for program, other in (
+        (moco.segment, config),
+        (moco.predict, PredictConfig(checkpoint=str(root))),
+        (moco.evaluate, EvaluateConfig(checkpoint=str(root))),
+    ):
+        other.data.name, other.data.root = "segmentation_folder", str(root)
+        with pytest.raises(InputError, match="there is no folder masks in it"):
+            program.run(other, tmp_path / "run")
+    (root / "masks").mkdir()
+    with pytest.raises(InputError, match=r"images/val, but none to train on; expected images/tr"):
+        moco.segment.run(config, tmp_path / "run")
+
+
+def test_the_checks_of_a_segmentation_import_no_torch():
+    code = (
+        "import sys, moco.segment, moco.predict, moco.segmentation.mask_layout;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_figures_that_can_choose_a_checkpoint_are_those_that_there_are():
+    assert (*SCORES, "auc") == METRICS
+    assert METRICS_OF_A_CLASS == SCORES_OF_A_CLASS
+
+
+def test_class_weights_are_counted_when_the_classes_are_known():
+    check_class_weights([1, 2.5])
+    check_class_weights([1, 2.5], 2)
+    with pytest.raises(InputError, match=r"expected auto, null or a list of 3 numbers above 0"):
+        check_class_weights([1, 2.5], 3)

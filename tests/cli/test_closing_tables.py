@@ -1,6 +1,7 @@
 """What a program prints last: a command that works for the run's own images."""
 
 import io
+import re
 import shlex
 
 import numpy as np
@@ -9,7 +10,13 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from moco.cli import closing_tables
-from moco.cli.closing_tables import next_steps, print_next, print_segmentation
+from moco.cli.closing_tables import (
+    condition_in_words,
+    next_steps,
+    print_next,
+    print_segmentation,
+    two_columns,
+)
 from moco.cli.run_names import checkpoint_name, register_resolvers
 from moco.cli.training_run import Run
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schemas
@@ -17,6 +24,11 @@ from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import ArrayImages, DataSource, Labelled
+from moco.evaluation.knn_measurement import class_tables
+from moco.evaluation.label_free_measurement import figures_table
+from moco.evaluation.linear_measurement import Head, grid_table
+from moco.evaluation.reports.page import report_page
+from moco.evaluation.segmenter_measurement import table_of_classes
 from moco.targets import GIVEN
 
 
@@ -139,3 +151,59 @@ def test_evaluations_of_a_checkpoint_share_a_folder():
         "moco_v2_800ep_pretrain.pth"
     )
     assert checkpoint_name(None, "resnet50") == "untrained_resnet50"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("knn/bank_size", 1437, "1,437"),
+        ("image_size", 224, "224 px"),
+        ("dense/image_size", 32, "32 px"),
+        ("image_size", None, "none"),
+        ("linear/lr", 30.0, "30"),
+        ("linear/weight_decay", 0.0001, "0.0001"),
+        ("linear_official/best_top1", 0.086111, "0.0861"),
+        ("knn/recall_backbone", 1.0, "1.0000"),
+        ("dense/seed", 12345, "12345"),
+        ("dense/maps", [4], "[4]"),
+        ("segment/tta", True, "True"),
+        ("knn/index", "flat", "flat"),
+    ],
+)
+def test_conditions_have_units_and_as_many_digits_as_they_need(key, value, expected):
+    assert condition_in_words(key, value) == expected
+
+
+def tables_of_evaluations():
+    """The tables that moco.evaluate prints below the first one."""
+    yield from class_tables(["cat", "class 1"], np.array([[3, 1], [0, 4]]))
+    yield grid_table([Head(0.1, 0.01, 0.5), Head(0.3, 0.01, 0.75)], num_epochs=30)
+    figures = {"label_free/rank_me": 3.5, "label_free/alignment": 0.25}
+    yield figures_table(figures, (40, 8), (40, 4))
+    ious = {"segment/iou/cat": 0.5, "segment/dice/cat": None}
+    yield table_of_classes(["cat"], ious)
+
+
+def test_all_tables_of_an_evaluation_have_one_style():
+    first = two_columns("kNN classification", [("knn/top1", "0.9639")])
+    assert "┌──────────┬────────┐" in shown_lines(first)
+    for table in tables_of_evaluations():
+        title, table.title = str(table.title), None  # as `print_titled` does
+        assert title[0].isupper(), title
+        lines = shown_lines(table)
+        assert (lines[0][0], lines[0][-1]) == ("┌", "┐")
+        assert table.show_header
+        for column in table.columns:
+            cells = [str(cell) for cell in column.cells]
+            is_number = all(re.fullmatch(r"-?[\d.,]+( of \d+)?|not there", cell) for cell in cells)
+            assert column.justify == ("right" if is_number else "left"), (title, cells)
+        # The page has the same alignment.
+        num_texts = sum(column.justify == "left" for column in table.columns)
+        page = report_page("title", "headline", [table], [])
+        assert page.count('<td class="text">') == num_texts * table.row_count
+
+
+def shown_lines(table):
+    text = io.StringIO()
+    Console(file=text, width=80, color_system=None).print(table)
+    return text.getvalue().splitlines()

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, ValidationError
 
 from moco.config.parsing import (
     CONFIG_DIR,
@@ -15,7 +16,10 @@ from moco.config.parsing import (
     parse,
     register_schemas,
     unknown_key,
+    wrong_value,
 )
+from moco.config.predict import PredictConfig
+from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError
 from tests.configs import composed
@@ -199,6 +203,41 @@ def test_values_out_of_range_are_named(key, value, expected):
     assert str(error.value).startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("label_fraction=5%", "expected a number above 0 and at most 1; did you mean 0.05?"),
+        ("label_fraction=1/20", "expected a number above 0 and at most 1; did you mean 0.05?"),
+        ("label_fraction=500%", "expected a number above 0 and at most 1"),
+        ("label_fraction=1/0", "expected a number above 0 and at most 1"),
+        ("label_fraction=few", "expected a number above 0 and at most 1"),
+        ("image_size=224px", "expected a whole number at least 4; did you mean 224?"),
+        ("image_size=2px", "expected a whole number at least 4"),
+        ("image_size=224.5", "expected a whole number at least 4"),
+        ("num_images=20%", "expected a whole number at least 1"),
+        ("optimizer.lr=1e-3x", "expected a number above 0; did you mean 0.001?"),
+        ("augmentation.scale[1]=2x", "expected a number; did you mean 2?"),
+    ],
+)
+def test_a_value_that_is_no_number_is_told_with_the_nearest_one(override, expected):
+    key, _, value = override.partition("=")
+    kind = "Integer" if key in ("image_size", "num_images") else "Float"
+    reason = f"Value '{value}' of type 'str' could not be converted to {kind}"
+    assert wrong_value(key, reason, SegmentConfig) == f"{key}={value}: {expected}"
+    # These are OmegaConf's words.
+    typed = OmegaConf.structured(SegmentConfig)
+    with pytest.raises(ValidationError) as error:
+        OmegaConf.update(typed, key, value)
+    assert str(error.value).splitlines()[0] == reason
+
+
+def test_other_reasons_and_keys_are_left_as_they_are():
+    reason = "Value 'maybe' is not a valid bool (type str)"
+    assert wrong_value("tta", reason, PredictConfig) == f"tta: {reason}"
+    reason = "Value 'x' of type 'str' could not be converted to Integer"
+    assert wrong_value("hydra.verbose", reason, PredictConfig) == f"hydra.verbose: {reason}"
+
+
 def test_keys_are_listed_with_their_groups():
     assert {"seed", "method", "method.temperature", "data.root"} <= set(keys(TrainConfig))
 
@@ -211,7 +250,7 @@ MISTAKES = [
     (["bacbone=resnet18"], "error: unknown key 'bacbone'; did you mean 'backbone'? (keys here: backbone, method,"),
     (["backbone=resnet19"], "error: backbone=resnet19: unknown backbone 'resnet19'; did you mean 'resnet18'? (choices: custom, resnet101,"),
     (["+experiment=quikstart"], "error: experiment=quikstart: unknown experiment 'quikstart'; did you mean 'quickstart'? (choices:"),
-    (["data.batch_size=many"], "error: data.batch_size: Value 'many' of type 'str' could not be converted to Integer"),
+    (["data.batch_size=many"], "error: data.batch_size=many: expected a whole number at least 1\n"),
     (["method.temperature=-1"], "error: method.temperature=-1.0: expected a number above 0"),
     (["method.queue_start=emty"], "error: method.queue_start: unknown value 'emty'; did you mean 'empty'? (choices: empty, random)"),
     (["method.projector.num_layer=2"], "error: unknown key 'method.projector.num_layer'; did you mean 'method.projector.num_layers'?"),
@@ -223,7 +262,7 @@ MISTAKES = [
     (["method=null"], "error: Config group override must be a string or a list."),
     (["resume=nowhere.ckpt", "+experiment=quickstart"], "error: resume=nowhere.ckpt: no such file"),
     (["--config-dir=own", "+experiment=bad_key"], "error: in experiment/bad_key.yaml: unknown key 'method.temprature'; did you mean"),
-    (["--config-dir=own", "+experiment=bad_type"], "error: in experiment/bad_type.yaml: data.batch_size: Value 'many' of type"),
+    (["--config-dir=own", "+experiment=bad_type"], "error: in experiment/bad_type.yaml: data.batch_size=many: expected a whole number at least 1\n"),
     (["--config-dir=own", "+experiment=bad_yaml"], "error: while parsing a flow mapping"),
     (["--config-dir=own", "+experiment=bad_choice"], "error: backbone=resnet19: unknown backbone 'resnet19'; did you mean"),
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from moco.cli.help_pages import (
     long_page,
     short_page,
     topic_page,
+    typed_group,
 )
 from moco.cli.program_texts import IMAGES, IMAGES_WITH_MASKS, PROGRAMS
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, register_schemas
@@ -45,7 +46,7 @@ def test_a_page_has_what_a_newcomer_needs_and_fits_80_columns(program):
     for key in PROGRAMS[program].settings:
         assert f"\n  {key}" in page
     for group in PROGRAMS[program].groups:
-        assert f"\n  {group}=" in page
+        assert f"\n  {typed_group(group)}=" in page
 
 
 @pytest.mark.parametrize("program", SCHEMAS)
@@ -93,7 +94,7 @@ def test_the_examples_name_keys_and_choices_that_there_are():
         keys = {text.key for text in setting_texts(schema) if not text.is_group}
         for example in PROGRAMS[program].examples:
             for key, value in re.findall(r"(\S+)=(\S+)", example):
-                choices = choices_of_group(program, key, [CONFIG_DIR])
+                choices = choices_of_group(program, key.lstrip("+"), [CONFIG_DIR])
                 assert key in keys or value in choices, f"moco.{program} {example}"
 
 
@@ -120,11 +121,11 @@ def test_help_beside_an_experiment_shows_its_values(capsys, tmp_path):
     assert "  The values are those of experiment=quickstart data.batch_size=32.\n" in page
     assert "\n  data.batch_size=32 " in page
     assert "\n  trainer.max_epochs=60 " in page
-    assert "\n  experiment=quickstart\n" in page
+    assert "\n  +experiment=quickstart\n" in page
     assert "\n  backbone=resnet_tiny\n" in page
     assert answer_question("train", ["--help"])
     page = capsys.readouterr().out
-    assert "those of a run without an experiment. experiment=NAME --help shows those" in " ".join(
+    assert "those of a run without an experiment. +experiment=NAME --help shows those" in " ".join(
         page.split()
     )
     # A user's own file of an experiment.

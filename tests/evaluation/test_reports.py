@@ -20,7 +20,7 @@ from moco.data.sources.source import ArrayImages, Labelled
 from moco.evaluate import run
 from moco.evaluation.collapse import collapse_of
 from moco.evaluation.knn_measurement import class_tables
-from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded
+from moco.evaluation.reports.embedded import GAP, SPACE, THUMBNAIL, Embedded
 from moco.evaluation.reports.knn_plots import (
     Searched,
     neighbors_of_some,
@@ -290,7 +290,7 @@ def test_the_neighbours_in_the_plot_are_those_of_the_search(searched):
         assert drawn[top, MARGIN, 0] == 4 * query
         others = [row for row in np.argsort(-(units @ units[query])) if row != query]
         for column in range(8):
-            left = MARGIN + GAP + (column + 1) * (THUMBNAIL + MARGIN)
+            left = MARGIN + GAP + (column + 1) * (THUMBNAIL + SPACE)
             assert drawn[top, left, 0] == 4 * others[column]
 
 
@@ -323,4 +323,8 @@ def test_a_name_without_letters_in_the_font_is_a_number(generator):
     images = ArrayImages(np.zeros((2, 8, 8), np.uint8), "black")
     labelled = Labelled(images, np.arange(2), ("\u732b", "a name of far too many letters"))
     one = Embedded(np.zeros((2, 4)), labelled.labels, labelled, np.arange(2))
-    assert [one.shown_class(number, 8) for number in (0, 1, 2)] == ["0", "a name …", "2"]
+    assert [one.shown_class(number, 8) for number in (0, 1, 2)] == [
+        "class 0",
+        "a name …",
+        "class 2",
+    ]

@@ -162,7 +162,7 @@ def test_queries_that_no_vote_can_get_right_are_counted(evaluated, generator, tm
     assert figures["knn/queries_never_right"] == 1
     assert (
         "1 of 20 queries cannot be right in kNN, because they are the only image of their class "
-        "(2): the accuracy is at most 0.9500"
+        "(class 2): the accuracy is at most 0.9500"
     ) in log
 
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.cli.launch import queued_again
 from moco.cli.run_names import job_name, run_name, sweep_name, swept_keys
 from moco.errors import InputError, Interrupted, RunError
@@ -186,6 +188,28 @@ def test_a_stop_says_how_long_a_step_takes(same_signals, caplog):
         assert caplog.messages == [
             f"SIGINT: stopping after this step{words}; Ctrl-C again ends without a checkpoint"
         ]
+
+
+def test_a_stop_while_the_run_measures_is_said_to_come_after_that(same_signals, caplog):
+    class Interrupting(EpochMeasurement):
+        def measure(self, trainer, pl_module, epoch):
+            signal.raise_signal(signal.SIGINT)
+
+    monitor = Interrupting({"epoch": 3})
+    trainer = SimpleNamespace(current_epoch=0, max_epochs=5, max_steps=-1, global_step=1)
+    for at_start in (False, True):
+        caplog.clear()
+        monitor.owed = at_start
+        with StopRequest() as stop:
+            stop.seconds_per_step = 23.4
+            hook = monitor.on_fit_start if at_start else monitor.on_train_epoch_end
+            hook(trainer, None)
+        assert caplog.messages == [
+            "SIGINT: stopping after this measurement; Ctrl-C again ends without a checkpoint"
+        ]
+    with StopRequest():
+        signal.raise_signal(signal.SIGINT)
+    assert caplog.messages[-1].startswith("SIGINT: stopping after this step;")
 
 
 def test_a_stop_can_be_asked_for_by_another_process(same_signals):

@@ -2,17 +2,21 @@
 
 import io
 import json
+import re
+from dataclasses import asdict, fields, replace
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from moco.config.predict import PredictConfig
 from moco.data.files.images import read_mask
 from moco.data.files.listing import list_images
 from moco.errors import InputError
 from moco.segmentation.comparison_plot import class_colours
-from moco.segmentation.mask_files import Arrays, MaskFolder, overlay_of, write_mask
+from moco.segmentation.mask_files import TYPED_NAMES, Arrays, MaskFolder, overlay_of, write_mask
+from moco.segmentation.pixel_classifier import Inference
 
 
 def written(tmp_path, classes, num_classes):
@@ -119,7 +123,7 @@ def test_other_settings_are_refused_by_their_key(tmp_path):
         pass
     other = {"inference": {"window": 64, "scales": (1.0,)}}
     with (
-        pytest.raises(InputError, match=r"inference.window: 32 there, 64 here"),
+        pytest.raises(InputError, match="image_size: 32 there, 64 here"),
         folder.taken(other),
     ):
         pass
@@ -156,3 +160,33 @@ def test_an_overlay_shows_class_0_as_it_is_and_draws_the_edges_of_others():
     found = overlay_of(shown, classes, colours)
     expected = [[100, 100, 100], [200, 0, 100], [150, 50, 100], [200, 0, 100], [100, 100, 100]]
     assert found.tolist() == [expected] * 5
+
+
+TTA = Inference(scales=(0.75, 1.0), flip=True)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        (Inference(), TTA, "tta: false there, true here"),
+        (replace(TTA, flip=False), TTA, "tta_flip: false there, true here"),
+        (replace(TTA, scales=(0.5,)), TTA, "tta_scales: [0.5] there, [0.75, 1.0] here"),
+        (Inference(), Inference(blend=False), "blend: true there, false here"),
+        (Inference(), Inference(window=64), "image_size: 512 there, 64 here"),
+    ],
+)
+def test_the_masks_of_another_prediction_are_told_by_what_was_typed(tmp_path, there, here, said):
+    folder = folder_of(tmp_path)
+    with folder.taken({"inference": asdict(there)}):
+        pass
+    with (
+        pytest.raises(InputError, match=rf"another prediction \({re.escape(said)}\)"),
+        folder.taken({"inference": asdict(here)}),
+    ):
+        pass
+
+
+def test_every_part_of_an_inference_has_the_name_of_a_setting():
+    settings = {field.name for field in fields(PredictConfig)}
+    for field in fields(Inference):
+        assert TYPED_NAMES[f"inference.{field.name}"] in settings

@@ -336,7 +336,7 @@ def test_a_mistake_in_the_folder_is_named(mistake, shapes):
         ),
         ("voc2012", None, "data.root=None: expected the dataset's folder; give data.root=PATH"),
         ("voc2012", "nowhere", "data.root=nowhere: VOCSegmentation is not there or damaged"),
-        ("segmentation_folder", "nowhere", "data.root=nowhere: there is no folder images"),
+        ("segmentation_folder", "nowhere", "data.root=nowhere: no such folder"),
     ],
 )
 def test_datasets_without_masks_or_folder_are_refused(name, root, expected):

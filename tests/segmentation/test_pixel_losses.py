@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from moco.errors import InputError
+from moco.segmentation.loss_check import LIBRARY_LOSSES, check_loss
 from moco.segmentation.pixel_losses import (
-    LIBRARY_LOSSES,
     SegmentationLoss,
     balanced_class_weights,
-    check_loss,
     pixel_cross_entropy,
 )
 from tests.segmentation.test_decoders import hide_segmentation_models

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import moco
 from moco.errors import InputError
+from moco.segmentation.image_segmenter import said_in_python
 from tests.conftest import REPOSITORY
 from tests.segmentation.fine_tuned import NAMES, build_random_segmenter, write_run
 
@@ -71,10 +73,24 @@ def test_bands_and_range_are_those_of_the_run(tmp_path, generator):
     ("image", "said"),
     [
         (np.zeros((4, 4, 2), np.uint8), "the image has 2 bands; the model reads 3"),
-        (np.zeros((4, 4, 3), np.uint16), "data.value_range: missing"),
+        (np.zeros((4, 4, 1), np.uint16), "the image has 1 band; the model reads 3"),
+        (
+            np.full((4, 4, 3), 7, np.uint16),
+            r"^the image is uint16, with values from 7 to 7, and the model was trained on 8-bit "
+            r"images; give uint8 from 0 to 255, or load_segmenter\(path, value_range=\(low, high\)\)",
+        ),
+        (
+            np.zeros((3, 64, 64), np.float32),
+            r"^\(3, 64, 64\) looks like channels first; load_segmenter takes \(H, W, bands\), such as",
+        ),
+        (np.zeros((1, 9, 9), np.uint8), r"^\(1, 9, 9\) looks like channels first"),
+        (np.zeros((4, 9, 9), np.uint8), r"^\(4, 9, 9\) looks like channels first"),
+        (np.zeros((5, 9, 9), np.uint8), "the image has 9 bands; the model reads 3"),
+        ("photo.jpg", r"^photo.jpg: a path; expected an image, such as PIL.Image.open\(path\)"),
+        (Path("photo.jpg"), "^photo.jpg: a path; expected an image"),
         (np.zeros((4, 4, 3), np.complex64), "pixels of type complex64"),
-        (np.zeros((0, 4, 3), np.uint8), r"expected an image .*, got \(0, 4, 3\)"),
-        (np.zeros((1, 4, 4, 3), np.uint8), "expected an image"),
+        (np.zeros((0, 4, 3), np.uint8), r"expected one image .*, got \(0, 4, 3\)"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "expected one image"),
     ],
 )
 def test_what_is_no_image_of_the_model_is_refused(folder, image, said):
@@ -87,6 +103,57 @@ def test_a_checkpoint_without_a_decoder_names_the_program_that_makes_one(checkpo
         InputError, match=r"this one is of another program; python -m moco\.segment makes one"
     ):
         moco.load_segmenter(checkpoint)
+
+
+def test_a_value_range_can_be_given_for_images_of_another_type(folder, generator):
+    pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    expected = moco.load_segmenter(folder)(pixels)
+    shares = pixels.astype(np.float32) / 255
+    classes = moco.load_segmenter(folder, value_range=(0, 1))(shares)
+    assert np.mean(classes != expected) < 0.01
+
+
+def test_a_str_is_a_path_as_a_path_is(folder, generator):
+    pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    file = folder / "checkpoints" / "last.ckpt"
+    results = []
+    for path in (folder, str(folder), file, str(file)):
+        results.append(moco.load_segmenter(path)(pixels))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize(
+    ("selection", "shape", "said"),
+    [
+        ([3, 1], (9, 9, 2), "^the image has 2 bands; the model reads band 3, 1 of an image"),
+        ([3, 1], (4, 9, 2), "^the image has 2 bands; the model reads band 3, 1 of an image"),
+        ([12, 1], (12, 40, 40), ""),  # 40 bands may be meant
+        (["nir", "red"], (9, 9, 4), "^the model reads band nir, red of an image, and an array has"),
+    ],
+)
+def test_chosen_bands_are_checked_in_the_image(tmp_path, selection, shape, said):
+    segment = moco.load_segmenter(write_run(tmp_path, bands=2, data={"bands": selection}))
+    image = np.zeros(shape, np.uint8)
+    if not said:
+        assert segment(image).shape == shape[:2]
+        return
+    with pytest.raises(InputError, match=said):
+        segment(image)
+
+
+def test_errors_name_arguments_and_no_settings(folder, tmp_path):
+    with pytest.raises(InputError, match=f"^{tmp_path}/no.ckpt: no such file; load_segmenter"):
+        moco.load_segmenter(tmp_path / "no.ckpt")
+    with pytest.raises(InputError, match=r"^window_size=7: this backbone has no"):
+        moco.load_segmenter(folder, window_size=7)
+    with pytest.raises(InputError, match=r"^value_range=5: expected \[low, high\]"):
+        moco.load_segmenter(folder, value_range=5)(np.zeros((4, 4, 3), np.uint8))
+    own = "backbone.target=their.net:build"
+    with pytest.raises(InputError) as error, said_in_python():
+        raise InputError(f"checkpoint=a.ckpt: {own}, is missing: {own}, or trust_targets=true if")
+    python = "target='their.net:build'"
+    assert str(error.value) == (f"a.ckpt: {python}, is missing: {python}, or trust_targets=True if")
 
 
 @pytest.mark.parametrize(

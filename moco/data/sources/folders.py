@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco.data.files.listing import Listing, is_folder, is_left_out_folder, listed
+from moco.data.files.listing import Listing, listed
 from moco.data.sources.band_files import band_file_images, roots_and_names
 from moco.data.sources.label_files import Labels, first_few, natural_order, read_labels
 from moco.data.sources.source import (
@@ -22,15 +22,12 @@ from moco.data.sources.source import (
     Labelled,
     warn_of_missing_classes,
 )
+from moco.data.sources.split_folders import find_split, folders_in
 from moco.data.sources.tiles import tile_images
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
-# In lower case. The first one that exists is taken.
-TRAINING_FOLDERS = ("train", "training")
-VALIDATION_FOLDERS = ("val", "valid", "validation", "test", "testing")
-SPLIT_FOLDERS = (*TRAINING_FOLDERS, *VALIDATION_FOLDERS)
 NUM_NAMED_CLASSES = 10  # in one line of the log
 IMAGE_SIZE = 224  # px
 NUM_HASHES = 2**32  # values of zlib.crc32
@@ -320,79 +317,6 @@ def log_classes(class_names: Sequence[str] | None) -> None:
     if class_names is not None:
         named = first_few(class_names, NUM_NAMED_CLASSES)
         log.info("%d classes: %s", len(class_names), named)
-
-
-class Split(NamedTuple):
-    """The names of the folders of a split; None where there is no such folder."""
-
-    train: str | None
-    validation: str | None
-
-
-def find_split(parent: str | Path, has_classes: bool = True) -> Split:
-    """Return which folders in `parent` are for training and validation, in any case.
-
-    The log says what is taken for what.
-
-    Args:
-        parent: the folder.
-        has_classes: the folders of the split hold a folder for each class. Then a folder called
-            train without sub-folders is a class itself if others are beside it.
-    """
-    folders = folders_in(parent)
-    train = first_of(folders, TRAINING_FOLDERS)
-    validation = first_of(folders, VALIDATION_FOLDERS)
-    others = [name for name in folders if name not in (train, validation)]
-    where = printable(str(parent))
-    shown = first_few(others, NUM_NAMED_CLASSES)
-    if train is not None:
-        are_splits = all(name.lower() in SPLIT_FOLDERS for name in others)
-        if has_classes and not are_splits and not folders_in(Path(parent, train)):
-            return Split(None, None)
-        taken = f"{train} is trained on"
-        if validation is not None:
-            taken += f", {validation} is held out"
-        if others:
-            level = logging.WARNING
-            if are_splits:  # a test folder beside the validation folder is usual
-                level = logging.INFO
-            log.log(level, "%s: %s, and the other folders are not used: %s", where, taken, shown)
-        else:
-            log.info("%s: %s", where, taken)
-        return Split(train, validation)
-    if has_classes and validation is not None and folders_in(Path(parent, validation)):
-        log.warning(
-            "%s: there is a folder %s, but none to train on (%s); it is a class as the others: %s",
-            where,
-            validation,
-            " or ".join(TRAINING_FOLDERS),
-            shown,
-        )
-    return Split(None, validation)
-
-
-def folders_in(parent: str | Path) -> list[str]:
-    """Return the names of the folders in a folder, in alphabetical order, without hidden ones."""
-    names = []
-    try:
-        with os.scandir(parent) as entries:
-            for entry in entries:
-                if is_folder(entry) and not is_left_out_folder(entry.name):
-                    names.append(entry.name)
-    except OSError:  # what is wrong is said where its images are listed
-        return []
-    return sorted(names)
-
-
-def first_of(folders: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """Return the first folder that has one of the wanted names, in their order and in any case."""
-    for name in wanted:
-        if name in folders:  # the lower case is the usual one
-            return name
-        for folder in folders:
-            if folder.lower() == name:
-                return folder
-    return None
 
 
 def files_in_class_folders(files: Listing, folder: str) -> tuple[Listing, list[str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moco.data.augment.draws import uniforms
-from moco.data.sources.folders import TRAINING_FOLDERS, list_of_paths
+from moco.data.sources.folders import list_of_paths
 from moco.data.sources.label_files import (
     NO_IMAGE,
     SEVERAL_IMAGES,
@@ -29,6 +29,7 @@ from moco.data.sources.label_files import (
 from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Images
+from moco.data.sources.split_folders import TRAINING_FOLDERS
 from moco.errors import InputError, near_path, printable
 
 log = logging.getLogger(__name__)

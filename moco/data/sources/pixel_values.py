@@ -347,7 +347,7 @@ def settle_values(
     is_plain = dtype == np.uint8 and num_bands == RGB_BANDS and nodata is None
     names = names_of_bands(selection, alike[0][1])
     shown = checked_display(display, num_bands, names)
-    if is_plain and tuple(value_range) == UINT8_RANGE:
+    if is_plain and tuple(as_list(value_range)) == UINT8_RANGE:
         return PixelValues(num_bands, dtype, selection, display=shown)
     decoded = decoded_sample(alike, selection)
     if value_range is None:

@@ -316,6 +316,23 @@ class FileImages(Images):
         return paths[file], index - start, end - start
 
 
+def numbered_class(number: int) -> str:
+    """Return what tables, plots and messages call a class that has no name."""
+    return f"class {number}"
+
+
+def classes_in_words(names: Sequence[str]) -> list[str]:
+    """Return the names of classes for tables, plots and messages: ``class 3`` without a name.
+
+    Args:
+        names: one for each class. Where nobody named the classes, it is the number as text.
+    """
+    numbers = range(len(names))
+    if list(names) == list(map(str, numbers)):
+        return list(map(numbered_class, numbers))
+    return list(names)
+
+
 @dataclass(frozen=True)
 class Labelled:
     """Images with a class number each."""
@@ -335,12 +352,18 @@ class Labelled:
             return str(number)
         return self.class_names[number]
 
+    def class_in_words(self, number: int) -> str:
+        """Return the name of a class for tables, plots and messages: ``class 3`` without a name."""
+        if number >= len(self.class_names or ()):
+            return numbered_class(number)
+        return self.class_name(number)
+
     def label_name(self, label: int) -> str:
         """Return the name of the class, or the names of the classes, of an image's label."""
         if self.label_sets is None or label < 0:
-            return self.class_name(label)
+            return self.class_in_words(label)
         numbers = np.flatnonzero(self.label_sets[label]).tolist()
-        names = [self.class_name(number) for number in numbers]
+        names = [self.class_in_words(number) for number in numbers]
         return " + ".join(names) or "no class"
 
     def targets_of(self, labels: np.ndarray) -> np.ndarray:
@@ -370,7 +393,7 @@ def warn_of_missing_classes(bank: Labelled, queries: Labelled) -> None:
     in_queries = queries.classes_there()
     for side, missing in (("bank", in_queries - in_bank), ("queries", in_bank - in_queries)):
         if missing:
-            names = first_few(map(bank.class_name, sorted(missing)), NUM_NAMED)
+            names = first_few(map(bank.class_in_words, sorted(missing)), NUM_NAMED)
             count = f"{len(missing)} of {len(in_bank | in_queries)} classes"
             log.warning("%s have no image among the %s: %s", count, side, names)
 

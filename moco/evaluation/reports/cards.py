@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from moco.data.sources.source import numbered_class
 from moco.errors import printable
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Search
@@ -107,7 +108,7 @@ def neighbors_card(bank: Embedded, queries: Embedded, search: Search) -> "Figure
     """Draw a column for each of ten queries: the query, and below it its nearest neighbours.
 
     With up to ten classes there is a query of every class. A neighbour of the query's class has a
-    green frame and a tick, any other a red frame and the name of its class.
+    green frame and a tick, any other a red frame and the name of its class in red.
 
     Args:
         search: finds the nearest rows of the bank, which does not contain the queries.
@@ -115,26 +116,22 @@ def neighbors_card(bank: Embedded, queries: Embedded, search: Search) -> "Figure
     chosen = rows_of_classes(queries.labels, NUM_COLUMNS)
     _, rows = joined(search(queries.features[chosen], min(NUM_ROWS, len(bank.rows))))
     side = VIEW_SIDES[0]
-    lines = [[Tile(queries.thumbnail(query, side), name_of(queries, query)) for query in chosen]]
+    first = []
+    for query in chosen:
+        name = queries.shown_class(queries.labels[query], LETTERS)
+        first.append(Tile(queries.thumbnail(query, side), name))
+    lines = [first]
     for nearest in rows.T:
         line = []
         for query, row in zip(chosen, nearest, strict=True):
             is_right = queries.labelled.share_a_class(queries.labels[query], bank.labels[row])
             color, caption = RIGHT, "✓"
             if not is_right:
-                color, caption = WRONG, f"✗ {name_of(bank, row, LETTERS - 2)}"
+                color, caption = WRONG, bank.shown_class(bank.labels[row], LETTERS)
             inner = bank.thumbnail(row, side - 2 * FRAME)
             line.append(Tile(ImageOps.expand(inner, FRAME, color), caption, color))
         lines.append(line)
     return tile_plot(lines, font_size=TILE_FONT_SIZE, caption_height=TILE_CAPTION)
-
-
-def name_of(embedded: Embedded, row: int, most: int = LETTERS) -> str:
-    """Return the name of a row's class, or "class" and its number, in at most `most` letters."""
-    name = embedded.shown_class(embedded.labels[row], most)
-    if name.isdigit() and len(name) + 6 <= most:
-        return f"class {name}"
-    return name
 
 
 def rows_of_classes(labels: np.ndarray, number: int) -> np.ndarray:
@@ -204,12 +201,12 @@ def confusion_card(names: Sequence[str], counts: np.ndarray, what: str) -> "Figu
 
 
 def shown_name(name: str, number: int, most: int = LONGEST_NAME) -> str:
-    """Return the name of a class as a plot can show it, or else its number.
+    """Return the name of a class as a plot can show it, or else ``class`` and its number.
 
     Args:
         most: letters; a longer name is cut.
     """
-    return legible(printable(name), most) or str(number)
+    return legible(printable(name), most) or numbered_class(number)
 
 
 def comparison_card(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from moco.data.sources.source import Labelled
+from moco.data.sources.source import Labelled, numbered_class
 from moco.errors import printable
 from moco.evaluation.reports.plots import (
     LINE,
@@ -27,6 +27,10 @@ NUM_NEIGHBORS = 8
 """Neighbours of each of them."""
 THUMBNAIL = 64
 """Side of an image in that plot, in px."""
+SPACE = 18
+"""Space between two of them, in px: the cosine and ``class 123`` fit below an image."""
+QUERY_LETTERS, LETTERS = 13, 9
+"""Of the name of a class below a query, and behind the cosine of a neighbour."""
 NAMED_THUMBNAIL = 96
 """The same for images without labels, which have their names below, in px."""
 NAME_LENGTH = 15
@@ -59,12 +63,16 @@ class Embedded(NamedTuple):
         )
 
     def shown_class(self, number: int, most: int = LONGEST_NAME) -> str:
-        """Return the name of a label as a plot can show it, or else its number.
+        """Return the name of a label as a plot can show it, or else ``class`` and its number.
 
         Args:
-            most: letters; a longer name is cut.
+            most: letters; a longer name is cut, but no number.
         """
-        return legible(printable(self.labelled.label_name(int(number))), most) or str(number)
+        name = self.labelled.label_name(int(number))
+        numbered = numbered_class(int(number))
+        if name == numbered:
+            return name
+        return legible(printable(name), most) or numbered
 
     def shown_name(self, row: int) -> str:
         """Return the name of a row's image as a plot can show it: the end of its file's name.
@@ -128,9 +136,7 @@ def neighbors_plot(
     lines = []
     for query, cosines, rows in zip(shown, similarities, neighbors, strict=True):
         label = queries.labels[query]
-        caption = "query" if label < 0 else queries.shown_class(label, 11)
-        if caption.isdigit():
-            caption = f"class {caption}"
+        caption = "query" if label < 0 else queries.shown_class(label, QUERY_LETTERS)
         tiles = [Tile(queries.thumbnail(query, THUMBNAIL), caption)]
         for cosine, row in zip(cosines, rows, strict=True):
             neighbor_label = bank.labels[row]
@@ -140,10 +146,10 @@ def neighbors_plot(
             is_right = queries.labelled.share_a_class(label, neighbor_label)
             color = RIGHT if is_right else WRONG
             image = bank.thumbnail(row, THUMBNAIL)
-            name = bank.shown_class(neighbor_label, 6)
+            name = bank.shown_class(neighbor_label, LETTERS)
             tiles.append(Tile(image, f"{cosine:.2f} {name}", color))
         lines.append(tiles)
-    return tile_plot(lines, gap=GAP)
+    return tile_plot(lines, gap=GAP, space=SPACE)
 
 
 def named_neighbors_plot(

@@ -22,7 +22,7 @@ body { font-family: sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1e
 table { border-collapse: collapse; margin: 1.5em 0 }
 caption { text-align: left; font-weight: bold; padding-bottom: 0.4em }
 th, td { border-bottom: 1px solid #ddd; padding: 0.2em 0.8em; text-align: right }
-th:first-child, td:first-child { text-align: left }
+.text { text-align: left }
 figure { margin: 2em 0 }
 img { max-width: 100% }
 .headline { font-size: 1.3em }
@@ -58,23 +58,27 @@ def report_page(title: str, headline: str, tables: Iterable[Table], plots: Itera
 
 
 def table_as_html(table: Table) -> str:
-    """Return a table of rich as HTML."""
+    """Return a table of rich as HTML, with the same alignment."""
+    are_texts = [column.justify == "left" for column in table.columns]
     lines = ["<table>"]
     if table.title:
         lines.append(f"<caption>{escaped(plain(table.title))}</caption>")
     if table.show_header:
         headers = [plain(column.header) for column in table.columns]
-        lines.append(html_row("th", headers))
+        lines.append(html_row("th", headers, are_texts))
     cells = [list(column.cells) for column in table.columns]
     for row in zip(*cells, strict=True):
-        lines.append(html_row("td", [plain(cell) for cell in row]))
+        lines.append(html_row("td", [plain(cell) for cell in row], are_texts))
     lines.append("</table>")
     return "\n".join(lines)
 
 
-def html_row(tag: str, cells: Sequence[str]) -> str:
-    """Return a row of cells with the tag ``th`` or ``td``."""
-    content = "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells)
+def html_row(tag: str, cells: Sequence[str], are_texts: Sequence[bool]) -> str:
+    """Return a row of cells with the tag ``th`` or ``td``; cells of text are marked."""
+    content = ""
+    for cell, is_text in zip(cells, are_texts, strict=True):
+        kind = ' class="text"' if is_text else ""
+        content += f"<{tag}{kind}>{escaped(cell)}</{tag}>"
     return f"<tr>{content}</tr>"
 
 

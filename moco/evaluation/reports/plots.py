@@ -110,6 +110,7 @@ def tile_plot(
     gap: int = 0,
     font_size: int = FONT_SIZE,
     caption_height: int = LINE,
+    space: int = MARGIN,
 ) -> "Figure":
     """Draw tiles in rows, their images pixel by pixel.
 
@@ -118,9 +119,10 @@ def tile_plot(
         gap: further space after the first tile of each row, in px.
         font_size: of the captions, in points.
         caption_height: room for a caption, in px.
+        space: between the tiles of a row, in px.
     """
     side = rows[0][0].image.width
-    column_width = side + MARGIN
+    column_width = side + space
     row_height = side + caption_height + MARGIN
     num_columns = max(len(tiles) for tiles in rows)
     width = MARGIN + num_columns * column_width + gap

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moco.data.files.written_files import SOFTWARE
 from moco.data.sources.pixel_values import PixelValues
+from moco.data.sources.source import classes_in_words
 from moco.evaluation.reports.cards import (
     COMPARED_CLASSES,
     comparison_card,
@@ -29,7 +30,8 @@ GAP = 12
 
 def shown_names(class_names: Sequence[str]) -> list[str]:
     """Return the names of classes as plots can show them."""
-    return [shown_name(name, number) for number, name in enumerate(class_names)]
+    names = classes_in_words(class_names)
+    return [shown_name(name, number) for number, name in enumerate(names)]
 
 
 def compared_masks(

@@ -107,6 +107,35 @@ def suggest_window(
     return min(suggestions, key=cost)
 
 
+def clipped_in_words(backbone: nn.Module, image_size: int, what: str) -> str:
+    """Return in which stages the windows are larger than the map, or nothing.
+
+    Args:
+        backbone: any backbone; only a Swin has windows.
+        image_size: side of the images, px.
+        what: these images in words, such as ``crops of 32 px``.
+    """
+    if not isinstance(backbone, Swin):
+        return ""
+    stages, cells = [], []
+    sides = map_sides(backbone.cells(image_size), patch_size=1)
+    for number, (side, window) in enumerate(zip(sides, backbone.window_size, strict=True), start=1):
+        if side < window:
+            stages.append(str(number))
+            cells.append(str(side))
+    if not stages:
+        return ""
+    maps, each = ("maps of stages", "each") if len(stages) > 1 else ("map of stage", "it")
+    small = f"{maps} {joined(stages)} ({joined(cells)} cells wide)"
+    return f"larger than the {small} for {what}: {each} is one window"
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Return parts as an enumeration: ``2, 3 and 4``."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def fitting_window(image_size: int, window_size: int, patch_size: int = 4) -> WindowSuggestion:
     """Return the window of about the same size with the least padding, for a new pretraining.
 
