@@ -54,7 +54,7 @@ def build_dense_decoder(
         )
     check_pyramid_library(setting)
     check_feature_maps(backbone, setting)
-    check_pyramid(backbone, setting)
+    check_pyramid(backbone, "fpn", setting)
     if channels is None:
         channels = DEFAULT_CHANNELS
     check_fpn_width(channels, "method.decoder_channels")

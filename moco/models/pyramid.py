@@ -64,7 +64,7 @@ class PyramidDecoder(nn.Module):
         from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 
-        check_pyramid(backbone, f"decoder={name}")
+        check_pyramid(backbone, name, f"decoder={name}")
         dims, strides = backbone.feature_map_dims, backbone.feature_map_strides
         self.name = name
         self.stride = pyramid_stride(strides)
@@ -150,18 +150,23 @@ def check_fpn_width(channels: int, key: str) -> None:
         raise InputError(f"{key}={channels}: the FPN needs a multiple of 64, at least 128")
 
 
-def check_pyramid(backbone: Any, setting: str) -> None:
-    """Raise InputError if a backbone's maps do not form a pyramid.
+def check_pyramid(backbone: Any, decoder: str, setting: str) -> None:
+    """Raise InputError if a backbone's maps do not form the pyramid that a decoder needs.
 
     Args:
         backbone: has `feature_map_strides`.
+        decoder: one of `PYRAMID_DECODERS`. UPerNet joins any number of maps, the others four.
         setting: what needs the pyramid, such as ``decoder=fpn``.
     """
     strides = list(backbone.feature_map_strides)
-    doubled = [strides[0] * factor for factor in (1, 2, 4, 8)]
-    if strides not in (doubled, strides[:1] * 4):
+    doubled = [strides[0] * 2**place for place in range(len(strides))]
+    has_number = len(strides) >= 2 if decoder == "upernet" else len(strides) == 4
+    is_pyramid = has_number and strides == doubled
+    if not is_pyramid and strides != strides[:1] * 4:
+        number = "two or more" if decoder == "upernet" else "four"
+        same = "four that are" if decoder == "upernet" else "are"
         raise InputError(
-            f"{setting}: needs four feature maps whose strides double, or are all the same; "
+            f"{setting}: needs {number} feature maps whose strides double, or {same} all the same; "
             f"{type(backbone).__name__} has the strides {strides}"
         )
 

@@ -69,11 +69,14 @@ class Maps:
 
 
 def test_maps_that_form_no_pyramid_are_named():
-    check_pyramid(Maps(4, 8, 16, 32), "decoder=fpn")
-    check_pyramid(Maps(16, 16, 16, 16), "decoder=fpn")
+    check_pyramid(Maps(4, 8, 16, 32), "fpn", "decoder=fpn")
+    check_pyramid(Maps(16, 16, 16, 16), "fpn", "decoder=fpn")
+    check_pyramid(Maps(2, 4), "upernet", "decoder=upernet")
+    with pytest.raises(InputError, match="two or more feature maps .*, or four that are all the"):
+        check_pyramid(Maps(2, 8), "upernet", "decoder=upernet")
     for strides in ((4, 8, 16), (8, 16, 16, 32), (2, 8, 32, 128)):
         with pytest.raises(InputError) as error:
-            check_pyramid(Maps(*strides), "decoder=fpn")
+            check_pyramid(Maps(*strides), "fpn", "decoder=fpn")
         assert str(error.value) == (
             "decoder=fpn: needs four feature maps whose strides double, or are all the same; Maps "
             f"has the strides {list(strides)}"
