@@ -72,7 +72,7 @@ def test_maps_that_form_no_pyramid_are_named():
     check_pyramid(Maps(4, 8, 16, 32), "fpn", "decoder=fpn")
     check_pyramid(Maps(16, 16, 16, 16), "fpn", "decoder=fpn")
     check_pyramid(Maps(2, 4), "upernet", "decoder=upernet")
-    with pytest.raises(InputError, match="two or more feature maps .*, or four that are all the"):
+    with pytest.raises(InputError, match=r"two or more feature maps .*, or four that are all the"):
         check_pyramid(Maps(2, 8), "upernet", "decoder=upernet")
     for strides in ((4, 8, 16), (8, 16, 16, 32), (2, 8, 32, 128)):
         with pytest.raises(InputError) as error:
