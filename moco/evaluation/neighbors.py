@@ -4,7 +4,8 @@ The similarity is the inner product of unit vectors, the cosine. faiss searches 
 on a GPU.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ RESULT_BYTES = 2**27
 PRODUCT_BYTES = 2**28
 # The similarity in a place of a list that nothing fills. It has no weight in any vote.
 NOTHING = np.finfo(np.float32).min
+# Rows that are found beyond the k nearest, to see which rows are as similar as the last of them.
+NUM_BEYOND = 8
 
 Neighbors = tuple[np.ndarray, np.ndarray]
 """Similarities (queries, k) float32 in falling order, and rows of the bank (queries, k) int64."""
@@ -37,8 +40,8 @@ def nearest(
 ) -> Neighbors:
     """Return the bank rows that are most similar to each query.
 
-    Equally similar rows come in the order of the bank. If more rows are as similar as the last
-    neighbour, faiss or torch chooses which of them are included.
+    Equally similar rows come in the order of the bank, and of the rows that are as similar as the
+    last neighbour the first ones are included. So the nearest k of a search for more are these k.
 
     Args:
         bank: (bank size, width) features of any norm; may be mapped from a file (`np.memmap`).
@@ -98,13 +101,33 @@ def search_bank(
         if device.type == "cpu":
             index = faiss.IndexFlatIP(bank.shape[1])
             index.add(block)
-            found = search_with_faiss(index, queries, block_neighbors)
+            search = partial(search_with_faiss, index, queries)
         else:
-            found = search_with_torch(block, queries, block_neighbors, device)
+            search = partial(search_with_torch, block, queries, device=device)
+        found = first_of_equal(search, block_neighbors, len(block))
         found = found[0], found[1] + start
         best = found if best is None else merge(best, found, num_neighbors)
     assert best is not None
     return best
+
+
+def first_of_equal(
+    search: Callable[[int], Neighbors], num_neighbors: int, num_rows: int
+) -> Neighbors:
+    """Return the k nearest rows; of equally similar ones those that come first in the bank.
+
+    Args:
+        search: returns so many neighbours. Of rows as similar as the last one, any may be there.
+        num_neighbors: k.
+        num_rows: of the bank.
+    """
+    num_searched = min(num_rows, num_neighbors + NUM_BEYOND)
+    while True:
+        similarities, rows = search(num_searched)
+        is_decided = similarities[:, -1] < similarities[:, num_neighbors - 1]
+        if num_searched == num_rows or is_decided.all():
+            return similarities[:, :num_neighbors], rows[:, :num_neighbors]
+        num_searched = min(num_rows, 2 * num_searched)
 
 
 def search_with_faiss(index: Any, queries: np.ndarray, num_neighbors: int) -> Neighbors:

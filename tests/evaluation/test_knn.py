@@ -116,6 +116,19 @@ def test_neighbours_are_those_of_a_full_sort_in_blocks(generator, num_rows):
     )
 
 
+@pytest.mark.parametrize("num_kinds", [1, 2, 4, 8])
+@pytest.mark.usefixtures("small_blocks")
+def test_of_equally_similar_rows_the_first_ones_are_neighbours(generator, num_kinds):
+    # With unit axes every product is a number of the query, without rounding.
+    bank = np.eye(8)[generator.integers(0, num_kinds, 300)]
+    queries = generator.normal(size=(50, 8))
+    products = normalized(queries) @ normalized(bank).T
+    expected = np.argsort(-products, axis=1, kind="stable")
+    for num_neighbors in (1, 5, 299, 300):
+        _, rows = nearest(bank, queries, num_neighbors)
+        np.testing.assert_array_equal(rows, expected[:, :num_neighbors])
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_the_search_of_a_gpu_finds_the_same(generator):
     bank, queries = generator.normal(size=(60, 8)), generator.normal(size=(50, 8))

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import fnmatch
 import json
+import math
 import sys
 import time
 import traceback
@@ -26,6 +27,7 @@ import torch
 
 import moco.methods.moco as method_module
 from moco import evaluate, segment, train
+from moco.callbacks import progress
 from moco.cli import pretraining
 from moco.config.data import EvaluateDataConfig
 from moco.config.pretrained import EvaluateConfig, EvaluationConfig
@@ -141,7 +143,10 @@ def trained(gpu, folder, overrides):
     # The schedules and the verdict take it for the beginning of a longer run. The verdict looks at a
     # run when a tenth of it ends, which each of four steps would.
     as_in_a_long_run = mock.patch.object(method_module.MoCo, "num_steps", 100)
-    with as_in_a_long_run, mock.patch.object(pretraining, "build_trainer", build_trainer):
+    # After ten seconds a line shows the loss, which waits for it. A slow machine must not print one.
+    without_lines = mock.patch.object(progress, "SECONDS_BEFORE_LINE", math.inf)
+    trainer_built = mock.patch.object(pretraining, "build_trainer", build_trainer)
+    with as_in_a_long_run, without_lines, trainer_built:
         train.run(config, folder / "run")
     return between.waits
 
