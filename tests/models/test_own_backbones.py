@@ -276,6 +276,8 @@ def test_a_target_in_a_file_runs_nothing(program, overrides, runner, tmp_path):
         "name": "custom", "target": "os:system", "options": {"command": command},
     }  # fmt: skip
     torch.save(checkpoint, path)
+    for name in ("images", "masks"):  # moco.segment looks for its folders before the file
+        (tmp_path / name).mkdir()
     overrides = [override.format(tmp_path) for override in overrides]
     config = composed(program, f"checkpoint={path}", *overrides)
     with pytest.raises(InputError, match=r"imported only if you name it, too.*trust_targets=true"):
