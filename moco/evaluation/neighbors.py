@@ -22,6 +22,8 @@ PRODUCT_BYTES = 2**28
 NOTHING = np.finfo(np.float32).min
 # Rows that are found beyond the k nearest, to see which rows are as similar as the last of them.
 NUM_BEYOND = 8
+# The largest result of such a search. Where all features are equal, it would be the whole bank.
+BEYOND_BYTES = 2**27
 
 Neighbors = tuple[np.ndarray, np.ndarray]
 """Similarities (queries, k) float32 in falling order, and rows of the bank (queries, k) int64."""
@@ -42,6 +44,8 @@ def nearest(
 
     Equally similar rows come in the order of the bank, and of the rows that are as similar as the
     last neighbour the first ones are included. So the nearest k of a search for more are these k.
+    Only if so many rows are equally similar that their list would exceed `BEYOND_BYTES`, faiss or
+    torch chooses among them.
 
     Args:
         bank: (bank size, width) features of any norm; may be mapped from a file (`np.memmap`).
@@ -125,7 +129,8 @@ def first_of_equal(
     while True:
         similarities, rows = search(num_searched)
         is_decided = similarities[:, -1] < similarities[:, num_neighbors - 1]
-        if num_searched == num_rows or is_decided.all():
+        is_too_large = 2 * similarities.nbytes + 2 * rows.nbytes > BEYOND_BYTES
+        if num_searched == num_rows or is_too_large or is_decided.all():
             return similarities[:, :num_neighbors], rows[:, :num_neighbors]
         num_searched = min(num_rows, 2 * num_searched)
 

@@ -129,6 +129,24 @@ def test_of_equally_similar_rows_the_first_ones_are_neighbours(generator, num_ki
         np.testing.assert_array_equal(rows, expected[:, :num_neighbors])
 
 
+def test_a_bank_of_equal_rows_is_searched_in_bounded_memory(monkeypatch):
+    import moco.evaluation.neighbors as neighbors
+
+    sizes = []
+    search = neighbors.search_with_faiss
+
+    def measured(*arguments):
+        found = search(*arguments)
+        sizes.append(sum(array.nbytes for array in found))
+        return found
+
+    monkeypatch.setattr(neighbors, "search_with_faiss", measured)
+    monkeypatch.setattr(neighbors, "BEYOND_BYTES", 20_000)
+    similarities, rows = nearest(np.zeros((5000, 4)), np.zeros((50, 4)), 5)
+    assert max(sizes) <= 20_000
+    assert similarities.shape == rows.shape == (50, 5)
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_the_search_of_a_gpu_finds_the_same(generator):
     bank, queries = generator.normal(size=(60, 8)), generator.normal(size=(50, 8))
