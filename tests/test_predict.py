@@ -22,6 +22,7 @@ from moco.segmentation.mask_files import MaskFolder
 from moco.segmentation.pixel_classifier import Inference
 from tests.configs import composed
 from tests.conftest import REPOSITORY, run_program
+from tests.memory import PRINT_PEAK
 from tests.segmentation.fine_tuned import NAMES, build_random_segmenter, write_run
 from tests.segmentation.shapes import draw_shapes
 from tests.segmentation.test_segment import evaluated
@@ -198,12 +199,7 @@ def test_a_raster_of_20000_px_keeps_to_a_bound_of_memory(model, tmp_path):
         photometric="rgb", compression="zlib",
     )  # fmt: skip
     assert header(str(path)).size == (768, side)
-    script = (
-        "import resource, sys; from moco.predict import main\n"
-        "try: main()\n"
-        "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "
-        "file=sys.stderr)"
-    )
+    script = f"{PRINT_PEAK}\nfrom moco.predict import main\nmain()"
     ended = subprocess.run(
         [
             sys.executable, "-c", script, f"checkpoint={model}", f"data.root={path.parent}",

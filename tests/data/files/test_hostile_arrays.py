@@ -1,7 +1,6 @@
 """Damaged and hostile files of arrays end in one line, at once and without gigabytes."""
 
 import io
-import resource
 import struct
 import sys
 import time
@@ -24,6 +23,7 @@ from moco.data.files.images import (
 )
 from moco.extras import install_command
 from tests.data.files.test_any_images import png_chunk, saved, tiff, values
+from tests.memory import memory_within
 
 GREY_16 = {
     256: (4, 100),  # width
@@ -107,23 +107,22 @@ HOSTILE_TIFFS = {
 def test_a_hostile_tiff_is_one_line_at_once(name, tmp_path):
     content, message = HOSTILE_TIFFS[name]
     (tmp_path / "x.tif").write_bytes(content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()
-    with pytest.raises(UnreadableImage, match=message) as error:
-        encoded(content, "x.tif", MAX_IMAGE_PIXELS, page=None).pixels()
-    assert str(error.value).startswith("x.tif: ")
-    assert str(error.value).isprintable()
-    for read in (
-        lambda path: header(path),
-        lambda path: read_window(path, "x", 0, 0, 0, 8, 8, MAX_IMAGE_PIXELS),
-        lambda path: read_mask(path),
-    ):
-        try:
-            read(str(tmp_path / "x.tif"))
-        except UnreadableImage as reason:
-            assert str(reason).isprintable()  # noqa: PT017
-    assert time.process_time() - start < 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000  # kB
+    with memory_within(kilobytes=100_000):
+        start = time.process_time()
+        with pytest.raises(UnreadableImage, match=message) as error:
+            encoded(content, "x.tif", MAX_IMAGE_PIXELS, page=None).pixels()
+        assert str(error.value).startswith("x.tif: ")
+        assert str(error.value).isprintable()
+        for read in (
+            lambda path: header(path),
+            lambda path: read_window(path, "x", 0, 0, 0, 8, 8, MAX_IMAGE_PIXELS),
+            lambda path: read_mask(path),
+        ):
+            try:
+                read(str(tmp_path / "x.tif"))
+            except UnreadableImage as reason:
+                assert str(reason).isprintable()  # noqa: PT017
+        assert time.process_time() - start < 1
 
 
 def test_the_first_image_of_a_file_with_a_cycle_can_be_read():
@@ -193,15 +192,14 @@ def test_a_hostile_array_is_one_line_at_once(name, tmp_path):
     content, message = HOSTILE_ARRAYS[name]
     path = tmp_path / "x"
     path.write_bytes(content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for source in (content, str(path)):
-        with pytest.raises(UnreadableImage, match=message) as error:
-            encoded(source, "x", MAX_IMAGE_PIXELS).pixels()
-        assert str(error.value).startswith("x: ")
-        assert str(error.value).isprintable()
-    with pytest.raises(UnreadableImage):
-        read_window(str(path), "x", 0, 0, 0, 1, 1, MAX_IMAGE_PIXELS)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000  # kB
+    with memory_within(kilobytes=100_000):
+        for source in (content, str(path)):
+            with pytest.raises(UnreadableImage, match=message) as error:
+                encoded(source, "x", MAX_IMAGE_PIXELS).pixels()
+            assert str(error.value).startswith("x: ")
+            assert str(error.value).isprintable()
+        with pytest.raises(UnreadableImage):
+            read_window(str(path), "x", 0, 0, 0, 1, 1, MAX_IMAGE_PIXELS)
 
 
 def test_an_array_in_an_archive_that_unpacks_to_too_much_is_refused():
