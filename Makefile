@@ -18,7 +18,7 @@ PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart train test test-slow test-lowest test-minimal gpu lint format docs-configuration lock clean moved
+.PHONY: help setup quickstart train test test-fast test-slow test-lowest test-minimal gpu lint style types format docs-configuration lock clean moved
 
 help: ## list the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3.12]'
@@ -34,7 +34,11 @@ quickstart: $(READY) ## pretrain on the bundled digits: minutes on a CPU, no dow
 train: $(READY) ## pretrain, e.g. make train ARGS="+experiment=quickstart trainer.max_epochs=2"
 	exec .venv/bin/python -m moco.train $(ARGS)
 
-test: lint ## lint, types and the fast tests
+# mypy works on one core for half a minute, so the tests run beside it.
+test: style ## style, types and the fast tests
+	@$(MAKE) --no-print-directory --jobs=2 types test-fast
+
+test-fast: $(READY) ## the fast tests alone
 	.venv/bin/python -m pytest $(PYTEST) $(ARGS)
 
 test-slow: $(READY) ## the tests that take minutes
@@ -57,9 +61,13 @@ gpu: ## what a GPU must show, in 9 minutes; in .venv if it is there, else by PYT
 	@if [ -x .venv/bin/python ]; then exec .venv/bin/python -m scripts.gpu_check $(ARGS); fi; \
 	PYTHONPATH="$(PYTHONPATH)" exec "$(PYTHON)" -m scripts.gpu_check $(ARGS)
 
-lint: $(READY) ## style, format and types; changes nothing
+lint: style types ## style and types; changes nothing
+
+style: $(READY) ## ruff's rules and format
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+
+types: $(READY) ## types, by mypy
 	.venv/bin/python -m mypy
 
 format: $(READY) ## format the code and fix what can be fixed

@@ -10,7 +10,7 @@ from PIL import Image
 from moco.errors import encodable
 from tests.processes import PATIENCE, program_environment, run_to_end
 from tests.processes import start_program as start_program  # a fixture
-from tests.warm_start import end_warm_process, run_warm
+from tests.warm_start import Listener, end_warm_process, run_warm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -134,6 +134,12 @@ def run_program(module, *arguments, cwd, **environment):
 def ended_warm_process():
     yield
     end_warm_process()
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # not in the test processes that xdist starts
+        listener = Listener(program_environment({}))
+        config.add_cleanup(listener.end)
 
 
 @cache

@@ -15,6 +15,7 @@ SMALL = [
     "evaluation.every_n_epochs=1",
     "evaluation.baselines=false",
     "checkpoint.every_n_epochs=1",
+    "evaluation.projector_images=0",
 ]
 
 
@@ -112,6 +113,8 @@ def test_evaluate_repeats_the_monitors_figure_to_the_last_digit(finished):
         "moco.evaluate",
         "checkpoint=run/checkpoints/last.ckpt",
         "data=digits",
+        "evaluation.plots=false",
+        "evaluation.label_free=false",
         "output=x.json",
         cwd=cwd,
     )

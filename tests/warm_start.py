@@ -4,6 +4,10 @@
 imported the libraries waits; for each program it forks, and the fork becomes the program. Tests of
 imports, of start-up times and of variables that Python reads at its start use `run_to_end`.
 `start_warm` starts a program in the same way and does not wait for its end.
+
+There is one waiting process, also where xdist starts several test processes. pytest's own process
+listens for them with `Listener`, which starts the waiting process when a test first asks for it.
+Each test process has a fork of it, which starts its programs.
 """
 
 import atexit
@@ -21,9 +25,11 @@ import threading
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from socket import socketpair
+from select import select
+from socket import AF_UNIX, socket
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ADDRESS = "MOCO_TESTS_WARM_PROCESS"  # the variable that holds the path of the socket
 
 LIBRARIES = (
     "faiss",
@@ -38,22 +44,49 @@ LIBRARIES = (
 )
 
 
-class WarmProcess:
-    """The waiting process of this test process. It ends with it, however it ends."""
+class Listener:
+    """Starts the waiting process when it is first needed. That process ends with this one."""
 
     def __init__(self, environment):
-        ours, its = socketpair()
-        command = [sys.executable, "-m", "tests.warm_start", str(its.fileno()), str(os.getpid())]
+        self.process = None
+        self.environment = environment
+        self.folder = tempfile.TemporaryDirectory()
+        self.socket = socket(AF_UNIX)
+        address = f"{self.folder.name}/socket"
+        self.socket.bind(address)
+        self.socket.listen()
+        os.environ[ADDRESS] = address
+        # Linux ends the waiting process with the thread that started it, so this thread stays.
+        threading.Thread(target=self._start_when_asked, daemon=True).start()
+
+    def _start_when_asked(self):
+        select([self.socket], [], [])
+        listening = self.socket.fileno()
         self.process = subprocess.Popen(
-            command,
-            env=environment,
-            pass_fds=[its.fileno()],
+            [sys.executable, "-m", "tests.warm_start", str(listening), str(os.getpid())],
+            env=self.environment,
+            pass_fds=[listening],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
-        its.close()
-        self.connection = Connection(ours.detach())
+        self.process.wait()
+
+    def end(self):
+        """End the waiting process and its forks; they end their programs."""
+        os.environ.pop(ADDRESS, None)
+        if self.process is not None:
+            self.process.kill()
+        self.folder.cleanup()
+
+
+class WarmProcess:
+    """This test process's fork of the waiting process. It ends with it, however it ends."""
+
+    def __init__(self):
+        client = socket(AF_UNIX)
+        client.connect(os.environ[ADDRESS])
+        self.connection = Connection(client.detach())
 
     def run(self, module, arguments, cwd, environment, timeout):
         """Return what `subprocess.run` returns for ``python -m module arguments``."""
@@ -79,8 +112,6 @@ class WarmProcess:
 
     def end(self):
         self.connection.close()
-        self.process.kill()
-        self.process.wait()
 
 
 _warm = None
@@ -95,7 +126,7 @@ def run_warm(module, arguments, cwd, environment, timeout):
         environment: all variables of the program.
         timeout: seconds after which the test fails.
     """
-    warm = warm_process(environment)
+    warm = warm_process()
     done = None
     try:
         done = warm.run(module, arguments, cwd, environment, timeout)
@@ -111,28 +142,41 @@ def start_warm(module, arguments, cwd, environment):
     It ends with this test process at the latest. What it writes is thrown away. Its id stays its
     own, because the waiting process does not ask for its exit code.
     """
-    warm = warm_process(environment)
+    warm = warm_process()
     return warm.start(module, arguments, cwd, environment, os.devnull, os.devnull, wait=False)
 
 
-def warm_process(environment):
-    """Return the waiting process, which is started when it is first needed."""
+def warm_process():
+    """Return this test process's fork, which is made when it is first needed."""
     global _warm
     if _warm is None:
-        _warm = WarmProcess(environment)
+        _warm = WarmProcess()
     return _warm
 
 
 def end_warm_process():
-    """End the waiting process, if there is one."""
+    """End this test process's fork, if there is one."""
     global _warm
     if _warm is not None:
         _warm.end()
         _warm = None
 
 
+def accept(listener):
+    """Fork for each test process that connects; in a fork, return its connection."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for the exit codes of the forks
+    while True:
+        accepted, _ = listener.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            die_with_parent()
+            return Connection(accepted.detach())
+        accepted.close()
+
+
 def serve(connection):
-    """Answer requests until the other end closes; in each forked process, return its program."""
+    """Start programs until the other end closes; in the process of a program, return the program."""
     while True:
         try:
             wait, program = connection.recv()
@@ -144,8 +188,13 @@ def serve(connection):
         connection.send(pid)
         if not wait:
             continue
-        _, status = os.waitpid(pid, 0)
-        connection.send(os.waitstatus_to_exitcode(status))
+        code = None
+        while code is None:
+            if connection.poll(0.01):  # nothing else is asked meanwhile: the test process is gone
+                return None
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if ended else None
+        connection.send(code)
 
 
 def become(module, arguments, cwd, environment, output, errors):
@@ -218,7 +267,7 @@ def main():
     if os.getppid() != int(sys.argv[2]):
         return
     import_libraries()
-    connection = Connection(int(sys.argv[1]))
+    connection = accept(socket(fileno=int(sys.argv[1])))
     program = serve(connection)
     if program is not None:
         connection.close()

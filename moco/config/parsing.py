@@ -4,6 +4,7 @@ A value has one name from the YAML key to the dataclass field to the keyword arg
 the programs sees an OmegaConf object.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -93,7 +94,8 @@ def parse(composed: DictConfig, schema: type[T]) -> T:
     """
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        # The first argument of unsafe_merge is used up; in exchange it takes half of merge's time.
+        merged = OmegaConf.unsafe_merge(copy.deepcopy(defaults_of(cast(type, schema))), plain)
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise InputError(f"{error.full_key}: missing; give {error.full_key}=VALUE") from error
@@ -105,6 +107,12 @@ def parse(composed: DictConfig, schema: type[T]) -> T:
     check_limits(config)
     resolve_paths(config)
     return cast(T, config)
+
+
+@cache
+def defaults_of(schema: type) -> DictConfig:
+    """Return a schema with its defaults, which is not to be changed. To make it takes 40 ms."""
+    return cast(DictConfig, OmegaConf.structured(schema))
 
 
 def check_limits(config: Any, prefix: str = "") -> None:
