@@ -69,6 +69,7 @@ def test_the_closing_table_shows_three_knn_figures_and_the_next_command(finished
     assert "next: python -m moco.evaluate checkpoint=run/checkpoints/last.ckpt" in done.stdout
     assert "batch norm: split" in done.stdout
     assert "WARNING method.queue_size=200 is more than a tenth of the 1437 images" in done.stdout
+    assert "weights_only" not in done.stdout  # Lightning would log a default at every checkpoint
     assert done.stderr == ""
 
 

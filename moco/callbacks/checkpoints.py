@@ -223,7 +223,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         with phase("saving the checkpoint", unit=""):
-            trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
+            # False saves the optimizer, too. Lightning would take it, and log that each time.
+            trainer.save_checkpoint(self.folder / LAST_CHECKPOINT, weights_only=False)
         if trainer.is_global_zero and not self.is_size_said:
             self.is_size_said = True
             self._say_size(trainer)
